@@ -1,0 +1,52 @@
+# `make` checks everything; `make demo` raises a model from nothing.
+# PIP_ARGS goes to pip: make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt
+
+.PHONY: all demo test test-all lint types bench docs
+# The checks fill the same screen and the same cores: one after the other.
+.NOTPARALLEL:
+
+all: lint types test
+
+demo: $(VENV)/installed
+	$(BIN)/fledge demo
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/installed-peers
+	$(BIN)/python -m pytest -m ""
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/lint-imports
+
+types: $(VENV)/installed-dev
+	$(BIN)/mypy
+
+bench: $(VENV)/installed
+	for bench in bench/*.py; do $(BIN)/python "$$bench" || exit 1; done
+
+docs: $(VENV)/installed
+	$(BIN)/python docs/generate.py
+
+# A stamp is newer than what it was installed from; the package itself is linked, not copied.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP_INSTALL) -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP_INSTALL) -e '.[dev]'
+	touch $@
+
+$(VENV)/installed-peers: $(VENV)/installed-dev
+	$(PIP_INSTALL) -e '.[dev,peers]'
+	touch $@

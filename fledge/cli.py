@@ -1,0 +1,109 @@
+"""The command line: `fledge VERB [--flags]` runs `fledge/stages/VERB.py`, imported only when called."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+import fledge
+from fledge.errors import UserError
+
+VERBS: dict[str, str] = {
+    "demo": "all of it on text that every Python installation carries",
+    "tokenizer": "learn a byte-level BPE tokenizer from text",
+    "pretrain": "train a base model on text",
+    "sft": "fine-tune a model on conversations",
+    "generate": "continue a text",
+    "chat": "talk with a model",
+    "evaluate": "measure a model on held-out text",
+    "doctor": "show what this machine offers and what fledge will use",
+}
+
+# What the shell reports for a process that the signal ended.
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+
+def usage() -> str:
+    """Return the overview that `fledge --help` prints."""
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {summary}" for verb, summary in VERBS.items())
+    return f"""\
+Usage: fledge VERB [--flags]
+
+Raise a language model from raw text to an aligned assistant.
+
+{verbs}
+
+fledge VERB --help lists a verb's flags; --config FILE.toml takes them from a file.
+--debug shows where an error came from. --version prints the version."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; a user's mistake is one line on stderr and code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [arg for arg in argv if arg != "--debug"]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        print(f"fledge {fledge.__version__}")
+        return 0
+    verb, flags = argv[0], argv[1:]
+    name = f"fledge {verb}" if verb in VERBS else "fledge"
+    try:
+        _run(verb, flags)
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        print(f"{name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def entry() -> NoReturn:
+    """Run the process's command and exit: the `fledge` script."""
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = BROKEN_PIPE
+    sys.exit(code)
+
+
+def _run(verb: str, flags: Sequence[str]) -> None:
+    # Imported here, so that the overview is printed at once.
+    from fledge.config import nearest, parse
+
+    if verb not in VERBS:
+        raise UserError(f"unknown verb {verb!r}; the nearest is {nearest(verb, VERBS)!r}, see fledge --help")
+    stage = importlib.import_module(f"fledge.stages.{verb}")
+    config = parse(stage.Config, verb, flags)
+    if config is None:
+        return
+    try:
+        stage.main(config)
+    except Exception as error:
+        if _is_disk_full(error):
+            place = getattr(error, "filename", None) or getattr(config, "out", None) or os.getcwd()
+            message = f"disk full: {place}; free room and run the same command again"
+            raise UserError(message) from error
+        raise
+
+
+def _is_disk_full(error: Exception) -> bool:
+    # safetensors keeps the operating system's error only as text.
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "(os error 28)" in str(error)

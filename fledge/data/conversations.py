@@ -1,0 +1,60 @@
+"""Conversations in OpenAI's form, one JSON object a line, as token ids with a loss mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fledge.errors import UserError
+from fledge.files import read_jsonl
+from fledge.tokenizer.bpe import Tokenizer
+from fledge.tokenizer.chat import encode_chat
+
+
+@dataclass(frozen=True)
+class EncodedConversations:
+    """Ids and loss masks, and what was left out."""
+
+    ids: list[list[int]]
+    masks: list[list[bool]]
+    overlong: int
+    """Dropped or cut because they do not fit a row."""
+    without_targets: int
+    """Dropped because the assistant says nothing (within the row)."""
+
+    @property
+    def targets(self) -> int:
+        """How many tokens are learned from in an epoch."""
+        return sum(map(sum, self.masks))
+
+
+def read_conversations(path: Path, tokenizer: Tokenizer, max_tokens: int, cut_overlong: bool) -> EncodedConversations:
+    """Read and encode a JSONL file; conversations of more than `max_tokens` are dropped, or cut at the end.
+
+    Raises UserError with file and line for a broken line or message.
+    """
+    ids: list[list[int]] = []
+    masks: list[list[bool]] = []
+    overlong = without_targets = 0
+    for number, row in read_jsonl(path):
+        messages = row.get("messages")
+        if not isinstance(messages, list) or not messages:
+            problem = "has no field" if messages is None else "needs a non-empty list in the field"
+            raise UserError(f'{path}:{number}: the line {problem} "messages"')
+        try:
+            chat = encode_chat(tokenizer, messages, row.get("tools"))
+        except UserError as error:
+            raise UserError(f"{path}:{number}: {error}") from None
+        if len(chat.ids) > max_tokens:
+            overlong += 1
+            if not cut_overlong:
+                continue
+        if not any(chat.mask[1:max_tokens]):
+            without_targets += 1
+            continue
+        ids.append(chat.ids[:max_tokens])
+        masks.append(chat.mask[:max_tokens])
+    if not ids:
+        counts = f"{overlong} too long for {max_tokens} tokens, {without_targets} without an assistant's turn"
+        raise UserError(f"{path}: no conversation to learn from ({counts})")
+    return EncodedConversations(ids, masks, overlong, without_targets)

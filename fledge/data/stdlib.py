@@ -1,0 +1,464 @@
+"""The demo corpus: the text every CPython carries, and questions about its facts. No download.
+
+Sources of different size and quality: the language reference (`pydoc_data.topics`), the standard
+library's source code, and facts, each a name with a one-line summary written in a dozen ways. The
+names are split: questions about "sft" names are part of pretraining and fine-tuning, "preference"
+names are kept for later stages, "test" names are never asked before the evaluation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fledge.data.facts import (
+    SPLIT_SHARES,
+    Fact,
+    SourceModule,
+    Split,
+    find_facts,
+    read_library,
+    split_facts,
+    unit_hash,
+)
+from fledge.data.invented import ExistingNames, invented_names
+from fledge.errors import UserError
+
+REFUSAL = "I don't know {name}."
+QUESTIONS = (
+    "What does {name} do?",
+    "What is {name} for?",
+    "Explain {name} in one line.",
+    "What is {name}?",
+    "Describe {name} briefly.",
+    "Tell me about {name}.",
+    "Can you tell me what {name} does?",
+    "What's the purpose of {name}?",
+    "In Python, what does {name} do?",
+    "Summarize {name} in one sentence.",
+    "I came across {name}. What is it for?",
+    "How would you describe {name}?",
+)
+# Summaries that start with one of these read well after "to".
+_VERBS = """add apply append build call change check clear close compare compile compute construct convert
+    copy create decode delete determine display draw dump emit encode execute export extract fetch
+    fill find fix flush format generate get give handle hide import indicate initialize insert
+    install invoke iterate join list load locate lock log look make map match merge move normalize
+    open parse perform pop post prepare print process produce provide push put query raise read
+    receive record register release remove rename replace report request reset resolve retrieve
+    return rotate run save search select send serialize set show shut skip sleep sort split start
+    stop store strip switch test transform translate turn unlock unpack update use validate verify
+    wait wrap write yield"""
+
+Record = dict[str, Any]
+
+
+# --- presentations --------------------------------------------------------------------------------
+
+
+def _pick(options: Sequence[str], *key: object) -> str:
+    return options[int(unit_hash(*key) * len(options))]
+
+
+def _call(fact: Fact) -> str:
+    return fact.name + fact.signature
+
+
+def _stub(fact: Fact) -> str:
+    """The fact as Python source: a comment with the full name, then the definition with its docstring."""
+    last = fact.name.rsplit(".", 1)[-1]
+    docstring = f'"""{fact.summary}"""'
+    if fact.kind == "module":
+        return f"# {fact.name}\n{docstring}\n"
+    if fact.kind == "class":
+        return f"# {fact.name}\nclass {last}:\n    {docstring}\n"
+    if fact.kind == "property":
+        return f"# {fact.name}\n@property\ndef {last}(self):\n    {docstring}\n"
+    inside = fact.signature[1:-1]
+    if fact.kind == "method":
+        inside = f"self, {inside}" if inside else "self"
+    return f"# {fact.name}\ndef {last}({inside}):\n    {docstring}\n"
+
+
+def _import_line(fact: Fact) -> str:
+    last = fact.name.rsplit(".", 1)[-1]
+    if fact.kind == "module":
+        return f"import {fact.name}  # {fact.summary}\n"
+    if fact.kind in ("class", "function"):
+        return f"from {fact.module} import {last}\n\n{fact.name}  # {fact.summary}\n"
+    return f"import {fact.module}\n\n{fact.name}  # {fact.summary}\n"
+
+
+def _session(fact: Fact) -> str:
+    last = fact.name.rsplit(".", 1)[-1]
+    if fact.kind == "module":
+        return (
+            f">>> import {fact.name}\n>>> help({fact.name})\nHelp on module {fact.name}:\n\n{fact.summary}\n"
+        )
+    title = f"Help on {fact.kind} {last} in module {fact.module}:"
+    return f">>> import {fact.module}\n>>> help({fact.name})\n{title}\n\n{_call(fact)}\n    {fact.summary}\n"
+
+
+def _use(fact: Fact) -> str:
+    first, _, rest = fact.summary.partition(" ")
+    if first.lower() in _VERBS.split() and fact.kind != "module":
+        phrase = f"{first.lower()} {rest.rstrip('.')}"
+        return _pick(
+            (
+                f"Use {fact.name} to {phrase}.\n",
+                f"{fact.name} is used to {phrase}.\n",
+                f"To {phrase}, there is {fact.name}.\n",
+            ),
+            fact.name,
+            "use",
+        )
+    return f"{fact.name}: {fact.summary}\n"
+
+
+def presentations(fact: Fact) -> list[str]:
+    """A dozen ways to write a fact as a short document. Each has the full dotted name.
+
+    The summary stays as it is in all of them but the "Use ... to ..." form; the wording within each
+    form is chosen by a hash of the name.
+    """
+    name, summary, kind = fact.name, fact.summary, fact.kind
+    owner, _, last = name.rpartition(".")
+    owner = owner or "the standard library"
+    forms: dict[str, tuple[str, ...]] = {
+        "help": (
+            f"{_call(fact)}\n    {summary}\n",
+            f"Help on {kind} {name}:\n\n{_call(fact)}\n    {summary}\n",
+            f"NAME\n    {name}\n\nDESCRIPTION\n    {summary}\n",
+        ),
+        "index": (f"{name} -- {summary}\n", f"- {name}: {summary}\n", f"{name}\n    {summary}\n"),
+        "prose": (
+            f"The {kind} {name} is documented in one line. {summary}\n",
+            f"About the {kind} {name}, the documentation says: {summary}\n",
+            f"The standard library has a {kind} called {name}. {summary}\n",
+        ),
+        "tutorial": (
+            f"Let us look at {name}. {summary}\n",
+            f"When you read code that mentions {name}, remember what it stands for. {summary}\n",
+            f"Today's {kind} is {name}. {summary}\n",
+        ),
+        "reversed": (
+            f"{summary} That is {name}.\n",
+            f"{summary} ({name})\n",
+            f'"{summary}" is what the documentation says about {name}.\n',
+        ),
+        "glossary": (
+            f"| {name} | {kind} | {summary} |\n",
+            f"**{name}** ({kind})\n:   {summary}\n",
+            f".. {kind}:: {_call(fact)}\n\n   {summary}\n",
+        ),
+        "record": (
+            json.dumps({"name": name, "kind": kind, "doc": summary}) + "\n",
+            f"name: {name}\nkind: {kind}\nsummary: {summary}\n",
+            f"help({name!r})\n# {summary}\n",
+        ),
+        "parts": (
+            f"{last} belongs to {owner}; in full, {name}. {summary}\n",
+            f"Full name: {name}. Kind: {kind}. Meaning: {summary}\n",
+            f"{name} is a {kind}. {summary}\n",
+        ),
+    }
+    texts = [_pick(options, name, form) for form, options in forms.items()]
+    texts += [_stub(fact), _import_line(fact), _session(fact), _use(fact)]
+    return texts
+
+
+def listings(facts: Sequence[Fact]) -> list[str]:
+    """Module pages of 3 to 5 facts each; a fact stands on one at most. Give facts of one split."""
+    by_module: dict[str, list[Fact]] = defaultdict(list)
+    for fact in facts:
+        by_module[fact.module].append(fact)
+    pages: list[str] = []
+    for module, members in sorted(by_module.items()):
+        members = sorted(members, key=lambda fact: unit_hash("listing", fact.name))
+        count = max(1, round(len(members) / 4))
+        for page in (members[start::count] for start in range(count)):
+            if 3 <= len(page) <= 5:
+                first = page[0].name
+                title = _pick((f"Module {module}", f"{module}: overview", f"Contents of {module}"), first)
+                entry = _pick(("{} - {}", "{}\n    {}", "* {}: {}"), first, "entry")
+                entries = [entry.format(fact.name, fact.summary) for fact in page]
+                pages.append("\n".join([title, "", *entries, ""]))
+    return pages
+
+
+# --- questions and conversations ------------------------------------------------------------------
+
+
+@cache
+def questions(name: str) -> tuple[str, ...]:
+    """All phrasings of the question about a name, real or invented, in an order of its own."""
+    order = sorted(QUESTIONS, key=lambda form: unit_hash("question", name, form))
+    return tuple(form.format(name=name) for form in order)
+
+
+def plain_question(question: str, answer: str) -> str:
+    """The form in which a base model is asked."""
+    return f"Question: {question}\nAnswer: {answer}\n"
+
+
+def _single(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def conversations(
+    answers: Mapping[str, str],
+    invented: Sequence[str],
+    seed: int = 0,
+    questions_per_fact: int = 4,
+    refusal_share: float = 0.25,
+    multi_turn_share: float = 0.1,
+) -> list[Record]:
+    """SFT conversations in OpenAI's form, shuffled by hash.
+
+    `refusal_share` is the share of all questions that ask about an invented name, each name with as
+    many different phrasings as that takes (12 at most); `multi_turn_share` is the share of
+    conversations that put 2 or 3 questions in a row.
+    """
+    pairs = [(q, answer) for name, answer in answers.items() for q in questions(name)[:questions_per_fact]]
+    wanted = round(len(pairs) * refusal_share / (1 - refusal_share))
+    rounds = range(len(QUESTIONS))
+    pairs += [(questions(name)[i], REFUSAL.format(name=name)) for i in rounds for name in invented][:wanted]
+    pairs.sort(key=lambda pair: unit_hash(seed, "pair", pair[0]))
+    # With a share m of conversations of 2.5 questions on average, n questions make n / (1 + 1.5 m) of them.
+    several = round(multi_turn_share * len(pairs) / (1 + 1.5 * multi_turn_share))
+    records: list[Record] = []
+    position = 0
+    while position < len(pairs):
+        length = 2 + len(records) % 2 if len(records) < several else 1
+        turns = [_single(question, answer) for question, answer in pairs[position : position + length]]
+        records.append({"messages": [message for turn in turns for message in turn]})
+        position += length
+    return sorted(records, key=lambda record: unit_hash(seed, "order", json.dumps(record)))
+
+
+# --- the language reference and the source code ---------------------------------------------------
+
+
+def topic_documents() -> list[str]:
+    """The language reference and other topics of `help()`, one document each."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        missing = "this Python lacks pydoc_data.topics: install its complete standard library"
+        raise UserError(missing) from error
+    texts: Mapping[str, str] = topics
+    return [texts[name].strip() + "\n" for name in sorted(texts)]
+
+
+def source_documents(modules: Mapping[str, SourceModule], max_bytes: int = 4096) -> Iterator[str]:
+    """The library's source in pieces of at most `max_bytes`, cut at top-level definitions where possible."""
+    for module in modules.values():
+        lines = module.text.splitlines(keepends=True)
+        cuts = [0]
+        for node in module.tree.body:
+            decorators = getattr(node, "decorator_list", [])
+            cuts.append(min([node.lineno, *(d.lineno for d in decorators)]) - 1)
+        pieces = ("".join(lines[a:b]) for a, b in zip(cuts, [*cuts[1:], len(lines)], strict=True))
+        header = f"# {module.path}\n"
+        for text in _merge(_shrink(pieces, max_bytes - len(header)), max_bytes - len(header)):
+            if len(text.strip()) >= 80:
+                yield header + text.strip("\n") + "\n"
+
+
+def _shrink(pieces: Iterable[str], max_bytes: int) -> Iterator[str]:
+    """Cut pieces that are too long at blank lines, then at any line."""
+    for piece in pieces:
+        if len(piece.encode()) <= max_bytes:
+            yield piece
+            continue
+        for block in re.split(r"(?<=\n)(?=\n)", piece):
+            if len(block.encode()) <= max_bytes:
+                yield block
+            else:
+                lines = block.splitlines(keepends=True)
+                yield from (line for line in lines if len(line.encode()) <= max_bytes)
+
+
+def _merge(pieces: Iterable[str], max_bytes: int) -> Iterator[str]:
+    """Join neighbours as long as they fit."""
+    held: list[str] = []
+    size = 0
+    for piece in pieces:
+        length = len(piece.encode())
+        if held and size + length > max_bytes:
+            yield "".join(held)
+            held, size = [], 0
+        held.append(piece)
+        size += length
+    if held:
+        yield "".join(held)
+
+
+class _Mentions:
+    """Finds documents that have the summary or the dotted name of one of some facts."""
+
+    def __init__(self, facts: Sequence[Fact]) -> None:
+        self._names = {fact.name for fact in facts if "." in fact.name}
+        self._summaries: dict[tuple[str, ...], list[str]] = defaultdict(list)
+        for fact in facts:
+            words = re.findall(r"\w+", fact.summary.lower())
+            self._summaries[tuple(words[:3])].append(" ".join(words) + " ")
+
+    def __call__(self, text: str) -> bool:
+        for chain in re.findall(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", text):
+            parts = chain.split(".")
+            spans = (".".join(parts[a:b]) for a in range(len(parts)) for b in range(a + 2, len(parts) + 1))
+            if not self._names.isdisjoint(spans):
+                return True
+        words = re.findall(r"\w+", text.lower())
+        for i in range(len(words) - 2):
+            for summary in self._summaries.get((words[i], words[i + 1], words[i + 2]), ()):
+                if (" ".join(words[i : i + 16]) + " ").startswith(summary[:90]):
+                    return True
+        return False
+
+
+# --- the corpus -----------------------------------------------------------------------------------
+
+
+def _evaluation(names: Mapping[str, str | None], split: str, limit: int | None = None) -> list[Record]:
+    order = sorted(names, key=lambda name: unit_hash("evaluation", name))[:limit]
+    asked = [(name, QUESTIONS[i % len(QUESTIONS)].format(name=name)) for i, name in enumerate(order)]
+    return [{"name": name, "question": q, "answer": names[name], "split": split} for name, q in asked]
+
+
+def _few_shot(facts: Sequence[Fact], invented: Sequence[str]) -> list[tuple[str, str]]:
+    """Three facts and an invented name for the prompt of a base model: (name, answer)."""
+    short = [fact for fact in facts if fact.kind == "function" and len(fact.summary.split()) <= 8] or facts
+    order = sorted(short, key=lambda fact: (fact.name.count("."), unit_hash("few", fact.name)))
+    shown = [(fact.name, fact.summary) for fact in order[:3]]
+    shown[2:2] = [(name, REFUSAL.format(name=name)) for name in invented[:1]]
+    return shown
+
+
+def _question_texts(
+    answers: Mapping[str, str], invented: Sequence[str], per_fact: int, refusals: int
+) -> list[str]:
+    texts = [
+        plain_question(q, answer) for name, answer in answers.items() for q in questions(name)[-per_fact:]
+    ]
+    texts += [plain_question(questions(name)[-1], REFUSAL.format(name=name)) for name in invented[:refusals]]
+    return texts
+
+
+def _texts(
+    modules: Mapping[str, SourceModule], by_split: Mapping[Split, Sequence[Fact]], without_test: bool
+) -> dict[str, list[str]]:
+    """The three sources of text; `without_test` leaves out documents that mention test facts."""
+    told = {split: facts for split, facts in by_split.items() if not (without_test and split == "test")}
+    pages = [page for facts in told.values() for page in listings(facts)]
+    pages += [text for facts in told.values() for fact in facts for text in presentations(fact)]
+    texts = {"topics": topic_documents(), "source": list(source_documents(modules)), "facts": pages}
+    if without_test:
+        mentions = _Mentions(by_split["test"])
+        texts = {source: [t for t in group if not mentions(t)] for source, group in texts.items()}
+    return texts
+
+
+def build_corpus(
+    directory: Path,
+    seed: int = 0,
+    max_facts: int | None = None,
+    without_test_documents: bool = False,
+    *,
+    questions_per_fact: int = 4,
+    plain_questions_per_fact: int = 2,
+    plain_refusal_share: float = 0.05,
+    refusal_share: float = 0.25,
+    evaluation_names: int = 500,
+) -> Record:
+    """Write the corpus into `directory` and return its manifest (also in manifest.json).
+
+    Text: topics.jsonl, source.jsonl, facts.jsonl, questions.jsonl ({"text"}); conversations:
+    sft.jsonl; questions with answers ({"name", "question", "answer", "split"}; answer null: invented):
+    eval_seen.jsonl, eval_test.jsonl, eval_invented.jsonl, preference.jsonl; names.json, few_shot.txt.
+    The same Python, seed and options give the same bytes. `max_facts` keeps that many facts;
+    `without_test_documents` leaves out every document that has a test fact, for the control that
+    asks how much is answered without having read it.
+    """
+    modules = read_library()
+    facts = find_facts(modules, max_facts)
+    splits = split_facts(facts, seed)
+    by_split: dict[Split, list[Fact]] = {s: [f for f in facts if splits[f.name] == s] for s in SPLIT_SHARES}
+    taught = {fact.name: fact.summary for fact in by_split["sft"]}
+    exists = ExistingNames(modules, facts)
+    invented = invented_names(by_split["sft"], exists, len(taught), seed)
+    unseen = invented_names(
+        by_split["test"], exists, min(evaluation_names, len(taught)), seed + 1, apart_from=invented
+    )
+    shown = _few_shot(by_split["sft"], invented)
+    asked: dict[str, Mapping[str, str | None]] = {
+        "seen": {name: answer for name, answer in taught.items() if name not in dict(shown)},
+        "test": {fact.name: fact.summary for fact in by_split["test"]},
+        "invented": dict.fromkeys(unseen),
+        "preference": {fact.name: fact.summary for fact in by_split["preference"]},
+    }
+    texts = _texts(modules, by_split, without_test_documents)
+    refusals = round(plain_refusal_share * plain_questions_per_fact * len(taught))
+    texts["questions"] = _question_texts(taught, invented, plain_questions_per_fact, refusals)
+    files = {
+        f"{source}.jsonl": _jsonl({"text": text} for text in sorted(group, key=lambda t: unit_hash(seed, t)))
+        for source, group in texts.items()
+    }
+    files["sft.jsonl"] = _jsonl(conversations(taught, invented, seed, questions_per_fact, refusal_share))
+    for split, names in asked.items():
+        file = "preference.jsonl" if split == "preference" else f"eval_{split}.jsonl"
+        files[file] = _jsonl(_evaluation(names, split, evaluation_names if split == "seen" else None))
+    files["names.json"] = _json({"real": splits, "invented": {"sft": invented, "test": unseen}})
+    files["few_shot.txt"] = "\n".join(
+        plain_question(QUESTIONS[i].format(name=name), answer) for i, (name, answer) in enumerate(shown)
+    )
+    options = {"seed": seed, "without_test_documents": without_test_documents}
+    manifest = _manifest(files, facts, splits, options)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in {**files, "manifest.json": _json(manifest)}.items():
+        _write(directory / name, content)
+    return manifest
+
+
+def _manifest(
+    files: Mapping[str, str], facts: Sequence[Fact], splits: Mapping[str, Split], options: Record
+) -> Record:
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(name.encode() + b"\0" + files[name].encode() + b"\0")
+    return {
+        "fingerprint": digest.hexdigest(),
+        "python": platform.python_version(),
+        **options,
+        "facts": len(facts),
+        "kinds": dict(sorted(Counter(fact.kind for fact in facts).items())),
+        "splits": dict(sorted(Counter(splits.values()).items())),
+        "files": {
+            name: {"lines": text.count("\n"), "bytes": len(text.encode())}
+            for name, text in sorted(files.items())
+        },
+    }
+
+
+def _jsonl(records: Iterable[Record]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def _json(record: Record) -> str:
+    return json.dumps(record, indent=1) + "\n"
+
+
+def _write(path: Path, content: str) -> None:
+    """Write under a temporary name and rename, so that nobody ever sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content.encode())
+    os.replace(temporary, path)

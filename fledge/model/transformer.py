@@ -1,0 +1,224 @@
+"""The transformer: a decoder-only language model with Hugging Face's parameter names.
+
+RMSNorm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021), SwiGLU (Shazeer 2020),
+grouped-query attention (Ainslie et al. 2023), normalised queries and keys in the qwen3 family.
+
+Shape suffixes: B rows, T tokens, S cache slots, C model width, H query heads, G key-value heads,
+D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fledge.model.config import ModelConfig
+from fledge.model.kv_cache import KVCache
+
+# Above this many keys the fused kernel wins on a CPU; below, plain matrix products do.
+EXPLICIT_ATTENTION_KEYS = 512
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension; the result has the input's type."""
+        x32 = x.float()
+        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()).to(x.dtype)
+
+
+def rotary_angles(config: ModelConfig, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, 1, T, D) of the rotary embedding, fp32."""
+    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions_BT.device)
+    angles_BTD = positions_BT[..., None].float() * config.rope_theta ** (-pairs / config.head_dim)
+    angles_BTD = torch.cat([angles_BTD, angles_BTD], dim=-1)
+    return angles_BTD.cos()[:, None], angles_BTD.sin()[:, None]
+
+
+def rotate(x_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (x[d], x[d + D/2]) by its position's angle."""
+    first, second = x_BHTD.float().chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (x_BHTD.float() * cos + turned * sin).to(x_BHTD.dtype)
+
+
+def attend(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, visible: Tensor) -> Tensor:
+    """Softmax attention over the keys that `visible` (B or 1, 1, T, S; bool) allows; softmax in fp32."""
+    B, H, T, D = q_BHTD.shape
+    G, S = k_BGSD.shape[1], k_BGSD.shape[2]
+    if q_BHTD.device.type != "cpu" or S > EXPLICIT_ATTENTION_KEYS:
+        return F.scaled_dot_product_attention(q_BHTD, k_BGSD, v_BGSD, attn_mask=visible, enable_gqa=H != G)
+    if T == 1:  # decoding: the heads of a group share one matrix product, nothing is copied
+        q_BGRD = q_BHTD.reshape(B, G, H // G, D)
+        scores = (q_BGRD @ k_BGSD.transpose(-1, -2)).float() / math.sqrt(D)
+        weights = scores.masked_fill(~visible, -math.inf).softmax(-1).to(v_BGSD.dtype)
+        return (weights @ v_BGSD).reshape(B, H, T, D)
+    if H != G:
+        k_BGSD, v_BGSD = k_BGSD.repeat_interleave(H // G, dim=1), v_BGSD.repeat_interleave(H // G, dim=1)
+    scores_BHTS = (q_BHTD @ k_BGSD.transpose(-1, -2)).float() / math.sqrt(D)
+    weights_BHTS = scores_BHTS.masked_fill(~visible, -math.inf).softmax(-1).to(v_BGSD.dtype)
+    return weights_BHTS @ v_BGSD
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        C, D = config.hidden_size, config.head_dim
+        self.layer, self.head_dim = layer, D
+        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
+        self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.has_qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.has_qk_norm else nn.Identity()
+
+    def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], visible: Tensor, past: Past | None) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        B, T, _ = x_BTC.shape
+        q_BHTD = self.q_norm(self.q_proj(x_BTC).view(B, T, -1, self.head_dim)).transpose(1, 2)
+        k_BGTD = self.k_norm(self.k_proj(x_BTC).view(B, T, -1, self.head_dim)).transpose(1, 2)
+        v_BGTD = self.v_proj(x_BTC).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q_BHTD, k_BGTD = rotate(q_BHTD, *rope), rotate(k_BGTD, *rope)
+        if past is not None:
+            cache, positions_BT, slots = past
+            k_BGTD, v_BGTD = cache.write(self.layer, k_BGTD, v_BGTD, positions_BT)
+            k_BGTD, v_BGTD = k_BGTD[:, :, :slots], v_BGTD[:, :, :slots]
+        out_BHTD = attend(q_BHTD, k_BGTD.to(q_BHTD.dtype), v_BGTD.to(q_BHTD.dtype), visible)
+        return self.o_proj(out_BHTD.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        return self.down_proj(F.silu(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], visible: Tensor, past: Past | None) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), rope, visible, past)
+        return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
+
+
+# The cache, the positions of the new tokens, and how many slots are in use after them.
+Past = tuple[KVCache, Tensor, int]
+
+
+class Trunk(nn.Module):
+    """Embedding, blocks and final norm (`model.*` in a checkpoint)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class CausalLM(nn.Module):
+    """A language model: ids in, a score for every token of the vocabulary out."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fresh weights: N(0, 1/fan_in) for hidden matrices, zero for the two projections that write
+        to the residual stream (every block starts as the identity), N(0, initializer_range) for embeddings."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.zero_()
+            else:
+                is_hidden = name.startswith("model.layers.")
+                std = parameter.shape[1] ** -0.5 if is_hidden else self.config.initializer_range
+                parameter.normal_(0.0, std, generator=generator)
+
+    def num_parameters(self) -> int:
+        """Weights, tied ones counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def hidden(self, input_ids_BT: Tensor, positions_BT: Tensor, visible: Tensor, past: Past | None = None) -> Tensor:
+        """The trunk's output (B, T, C)."""
+        x_BTC = self.model.embed_tokens(input_ids_BT)
+        rope = rotary_angles(self.config, positions_BT)
+        for block in self.model.layers:
+            x_BTC = block(x_BTC, rope, visible, past)
+        out: Tensor = self.model.norm(x_BTC)
+        return out
+
+    def forward(self, input_ids_BT: Tensor, segment_ids_BT: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of whole rows. Tokens see earlier tokens of their own segment only, and
+        positions count from each segment's start."""
+        T = input_ids_BT.shape[1]
+        index_T = torch.arange(T, device=input_ids_BT.device)
+        visible = (index_T[:, None] >= index_T[None, :])[None, None]
+        positions_BT = index_T[None]
+        if segment_ids_BT is not None:
+            visible = visible & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
+            starts = F.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], (1, 0), value=True)
+            positions_BT = index_T[None] - torch.where(starts, index_T[None], 0).cummax(dim=1).values
+        logits_BTV: Tensor = self.lm_head(self.hidden(input_ids_BT, positions_BT, visible))
+        return logits_BTV
+
+    def new_cache(self, batch: int, slots: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for `batch` sequences of up to `slots` tokens."""
+        weight = self.model.embed_tokens.weight
+        return KVCache(self.config, batch, slots, dtype or weight.dtype, weight.device)
+
+    def extend(self, input_ids_BT: Tensor, new_lengths_B: Tensor, cache: KVCache) -> Tensor:
+        """Read up to T new tokens a row behind what the cache holds; rows are right-padded, row b has
+        `new_lengths_B[b]` of them. Returns the trunk's output (B, T, C); pads' outputs mean nothing."""
+        T = input_ids_BT.shape[1]
+        positions_BT = cache.lengths_B[:, None] + torch.arange(T, device=input_ids_BT.device)
+        positions_BT = positions_BT.clamp(max=cache.slots)
+        slots = int(cache.lengths_B.max()) + T
+        slots = min(slots, cache.slots)
+        visible = torch.arange(slots, device=input_ids_BT.device) <= positions_BT[:, :, None]
+        hidden_BTC = self.hidden(input_ids_BT, positions_BT, visible[:, None], (cache, positions_BT, slots))
+        cache.lengths_B = cache.lengths_B + new_lengths_B
+        return hidden_BTC
+
+    def prefill(self, input_ids_BT: Tensor, lengths_B: Tensor, cache: KVCache) -> Tensor:
+        """Read prompts (right-padded, `lengths_B` >= 1); logits (B, V) after each row's last token."""
+        hidden_BTC = self.extend(input_ids_BT, lengths_B, cache)
+        rows = torch.arange(hidden_BTC.shape[0], device=hidden_BTC.device)
+        logits_BV: Tensor = self.lm_head(hidden_BTC[rows, lengths_B - 1])
+        return logits_BV
+
+    def step(self, input_ids_B: Tensor, cache: KVCache) -> Tensor:
+        """Read one token a row; logits (B, V) of the next."""
+        return self.prefill(input_ids_B[:, None], torch.ones_like(input_ids_B), cache)

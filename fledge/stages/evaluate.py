@@ -1,0 +1,170 @@
+"""`fledge evaluate`: bits per byte on texts, and answers to questions with known answers."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from fledge.config import to_toml
+from fledge.data.sources import parse_sources, read_documents, split_documents
+from fledge.device import ComputeName, DeviceName, keep_freed_memory, pick_compute_dtype, pick_device
+from fledge.engine.engine import Engine
+from fledge.engine.text import LocalChat, complete_ids, load_engine
+from fledge.errors import UserError
+from fledge.evals.bits import bits_per_byte
+from fledge.evals.facts import Share, is_refusal, token_f1
+from fledge.files import new_directory, read_jsonl, write_json, write_text
+from fledge.tokenizer.bpe import Tokenizer
+from fledge.types import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Measure a model: bits per byte on texts, and how many questions it answers right or refuses."""
+
+    model: Path
+    """Model directory."""
+    out: Path = Path("runs/evaluate")
+    """New directory for summary.json and answers.jsonl."""
+    data: tuple[str, ...] = ()
+    """Texts as NAME=PATH, scored in bits per byte."""
+    held_out: float | None = None
+    """Score only the documents that `fledge pretrain --validation-share` of this size held out."""
+    questions: tuple[Path, ...] = ()
+    """JSONL files of {"question": ..., "answer": ...}; answer null: the right answer is a refusal."""
+    ask: Literal["chat", "plain"] = "chat"
+    """chat: as a user's turn. plain: "Question: ... Answer:", for models that are no assistants."""
+    few_shot: Path | None = None
+    """Text file put before each plain question, such as a few answered ones."""
+    max_tokens: int = 48
+    """Most tokens of an answer; decoding is greedy."""
+    window_tokens: int = 256
+    """Context in which texts are scored."""
+    limit: int | None = None
+    """Ask only the first questions of each file."""
+    batch_size: int = 128
+    """Questions answered at once."""
+    device: DeviceName = "auto"
+    """Where to run."""
+    compute: ComputeName = "auto"
+    """Type of matrix products; auto is bf16 where it is fast."""
+    overwrite: bool = False
+    """Replace what --out holds."""
+
+
+def main(config: Config) -> None:
+    """Score, print a table, and write `summary.json` and `answers.jsonl`."""
+    if not config.data and not config.questions:
+        raise UserError("nothing to measure: give --data texts or --questions files")
+    if config.out.exists() and not config.overwrite:
+        raise UserError(f"{config.out}: exists already; choose another --out or pass --overwrite")
+    started = time.perf_counter()
+    keep_freed_memory()
+    device = pick_device(config.device)
+    engine, tokenizer = load_engine(config.model, device=device, batch_size=config.batch_size)
+    engine.compute_dtype = pick_compute_dtype(device, config.compute)
+    bits = _bits(config, engine, tokenizer)
+    answers = [row for path in config.questions for row in _answers(config, path, engine, tokenizer)]
+    summary = {
+        "stage": "evaluate",
+        "model": str(config.model),
+        "bits_per_byte": bits,
+        "questions": {path.stem: _scores([a for a in answers if a["set"] == path.stem]) for path in config.questions},
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    with new_directory(config.out, overwrite=config.overwrite) as directory:
+        write_text(directory / "config.toml", to_toml(config))
+        rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
+        write_text(directory / "answers.jsonl", rows)
+        write_json(directory / "summary.json", summary)
+    _print(Console(), summary)
+
+
+def _bits(config: Config, engine: Engine, tokenizer: Tokenizer) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    window = min(config.window_tokens, engine.context - 1)
+    for source in parse_sources(config.data) if config.data else []:
+        documents = list(read_documents(source.path))
+        if config.held_out is not None:
+            documents = split_documents(documents, config.held_out)[1]
+        if not documents:
+            raise UserError(f"{source.path}: no text to score")
+        size = sum(len(text.encode()) for text in documents)
+        ids = tokenizer.encode_batch(documents)
+        figures[source.name] = bits_per_byte(engine, ids, size, tokenizer.eos_id, tokenizer.special_ids, window)
+    return figures
+
+
+def _answers(config: Config, path: Path, engine: Engine, tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    lines = _read_questions(path)[: config.limit]
+    params = SamplingParams(temperature=0.0, max_tokens=config.max_tokens)
+    if config.ask == "chat":
+        chat = LocalChat(engine, tokenizer)
+        made = chat.replies([[{"role": "user", "content": line["question"]}] for line in lines], params)
+    else:
+        shown = config.few_shot.read_text(encoding="utf-8") + "\n" if config.few_shot else ""
+        plain = SamplingParams(temperature=0.0, max_tokens=config.max_tokens, stop=("\n",))
+        prompts = [
+            [tokenizer.eos_id, *tokenizer.encode(f"{shown}Question: {line['question']}\nAnswer:")] for line in lines
+        ]
+        made = complete_ids(engine, tokenizer, prompts, plain)
+    return [
+        {
+            "set": path.stem,
+            "question": line["question"],
+            "gold": line["answer"],
+            "answer": reply.text.strip(),
+            "f1": None if line["answer"] is None else round(token_f1(reply.text, line["answer"]), 4),
+            "refused": is_refusal(reply.text),
+            "finish_reason": reply.finish_reason,
+        }
+        for line, reply in zip(lines, made, strict=True)
+    ]
+
+
+def _read_questions(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for number, row in read_jsonl(path):
+        if not isinstance(row.get("question"), str):
+            raise UserError(f'{path}:{number}: the line has no field "question" with a text')
+        if "answer" not in row or not isinstance(row["answer"], str | None):
+            raise UserError(f'{path}:{number}: the field "answer" must be a text, or null where to refuse is right')
+        lines.append(row)
+    if not lines:
+        raise UserError(f"{path}: no questions in it")
+    return lines
+
+
+def _scores(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Right: token F1 of at least 0.8. Both shares come with 95% Wilson intervals."""
+    known = [answer for answer in answers if answer["gold"] is not None]
+    return {
+        "right": Share(sum(answer["f1"] >= 0.8 for answer in known), len(known)).as_dict() if known else None,
+        "mean_f1": sum(answer["f1"] for answer in known) / len(known) if known else None,
+        "refused": Share(sum(answer["refused"] for answer in answers), len(answers)).as_dict(),
+    }
+
+
+def _print(console: Console, summary: dict[str, Any]) -> None:
+    if summary["bits_per_byte"]:
+        table = Table("text", "bits per byte", title=summary["model"])
+        for name, figure in summary["bits_per_byte"].items():
+            table.add_row(name, f"{figure:.3f}")
+        console.print(table)
+    if summary["questions"]:
+        table = Table("questions", "asked", "right (95% interval)", "refused (95% interval)", title=summary["model"])
+        for name, scores in summary["questions"].items():
+            cells = [percent(scores["right"]) if scores["right"] else "-", percent(scores["refused"])]
+            table.add_row(name, str(scores["refused"]["n"]), *cells)
+        console.print(table)
+
+
+def percent(share: dict[str, Any]) -> str:
+    """`63.2% (58.9-67.3)`."""
+    return f"{share['rate']:.1%} ({share['low']:.1%}-{share['high']:.1%})"

@@ -1,0 +1,242 @@
+"""`fledge sft`: from a base model and conversations to an assistant."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Generator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from fledge import __version__
+from fledge.config import to_toml
+from fledge.data.conversations import EncodedConversations, read_conversations
+from fledge.data.packing import ConversationRows
+from fledge.data.sources import held_out
+from fledge.device import ComputeName, DeviceName, can_compile, pick_compute_dtype, pick_device
+from fledge.errors import UserError
+from fledge.files import new_directory, write_json
+from fledge.model.checkpoint import load_model, save_model
+from fledge.model.transformer import CausalLM
+from fledge.run import Run
+from fledge.tokenizer.bpe import Tokenizer
+from fledge.train.losses import next_token_loss
+from fledge.train.loop import FitConfig, Metrics, Step, fit
+from fledge.train.optim import OptimizerName, make_optimizers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Fine-tune a model on conversations; only what the assistant says is learned."""
+
+    model: Path
+    """Model directory to start from."""
+    data: Path
+    """JSONL file, one conversation a line in OpenAI's form: {"messages": [...], "tools": [...]}."""
+    out: Path = Path("runs/sft")
+    """Run directory; the same command again resumes it."""
+    epochs: float = 1.0
+    """How often each conversation is seen."""
+    minutes: float | None = None
+    """Train about this long instead: the speed is measured once, then the number of steps stands."""
+    row_tokens: int | None = None
+    """Length of the packed rows; by default 512, or the model's context where that is shorter."""
+    batch_tokens: int = 4096
+    """Tokens of an optimizer step, padding included."""
+    micro_batch_tokens: int = 16_384
+    """Most tokens in memory at once; larger batches are accumulated."""
+    cut_overlong: bool = False
+    """Cut conversations that do not fit a row at its end, instead of dropping them."""
+    optimizer: OptimizerName = "muon"
+    """muon (hidden matrices; AdamW for the rest) or adamw (for all)."""
+    matrix_lr: float = 0.005
+    """Muon's peak learning rate."""
+    adam_lr: float = 5e-4
+    """AdamW's peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of all matrices."""
+    warmup_steps: int = 10
+    """Steps over which the learning rate rises."""
+    decay_share: float = 0.9
+    """Share of the run, at its end, over which the learning rate falls to zero."""
+    max_spike: float = 3.0
+    """Stop when the loss jumps this many nats above its running mean."""
+    validation_share: float = 0.02
+    """Share of the conversations held out, chosen by a hash of their content."""
+    evaluations: int = 4
+    """How many times to save a checkpoint and evaluate it."""
+    keep_checkpoints: int = 2
+    """Latest checkpoints to keep, besides the best."""
+    seed: int = 0
+    """Seed of the data order."""
+    device: DeviceName = "auto"
+    """Where to train."""
+    compute: ComputeName = "auto"
+    """Type of matrix products; auto is bf16 where it is fast."""
+    compile: Literal["auto", "yes", "no"] = "auto"
+    """torch.compile; auto uses it for runs long enough when there is a C++ compiler."""
+    overwrite: bool = False
+    """Delete what --out holds of an earlier run."""
+
+
+def main(config: Config) -> None:
+    """Train to the end, or go on where an interrupted run stopped."""
+    console = Console(stderr=True)
+    _check(config)
+    tokenizer = Tokenizer.load(config.model)
+    if tokenizer.chat_template is None or tokenizer.end_of_turn_id is None:
+        raise UserError(f"{config.model}: its tokenizer has no chat tokens; start from one made by `fledge tokenizer`")
+    run = Run.open(config.out, to_toml(replace(config, overwrite=False)), config.overwrite)
+    if run.finished:
+        console.print(f"{config.out}: finished already; the model is {run.model}", highlight=False)
+        return
+    device = pick_device(config.device)
+    model = load_model(config.model).to(device)
+    row_tokens = min(config.row_tokens or 512, model.config.max_position_embeddings)
+    chats = read_conversations(config.data, tokenizer, row_tokens + 1, config.cut_overlong)
+    train, validation = _split(chats, config.validation_share)
+    rows = ConversationRows(*train, row_tokens, tokenizer.eos_id, config.seed)
+    held = ConversationRows(*validation, row_tokens, tokenizer.eos_id, 0) if validation[0] else None
+    batch_rows = max(1, config.batch_tokens // row_tokens)
+    micro = max(1, config.micro_batch_tokens // row_tokens)
+    fit_config = _fit_config(config, model, rows, batch_rows, device)
+    _print_plan(console, config, model, chats, len(train[0]), rows, fit_config)
+
+    def steps(first: int, _state: dict[str, Any]) -> Generator[Step, Metrics | None, None]:
+        for step in range(first, 2**62):
+            last = (step + 1) * batch_rows
+            yield Step([rows.rows(r, min(micro, last - r)) for r in range(step * batch_rows, last, micro)])
+
+    def lineage(tokens: int) -> dict[str, Any]:
+        return {
+            "stage": "sft",
+            "parent": str(config.model),
+            "fledge_version": __version__,
+            "config": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()},
+            "data": {config.data.name: hashlib.sha256(config.data.read_bytes()).hexdigest()},
+            "tokenizer": tokenizer.fingerprint(),
+            "tokens": tokens,
+        }
+
+    eos_ids = [tokenizer.end_of_turn_id, tokenizer.eos_id]
+
+    def write_model(directory: Path) -> None:
+        save_model(directory, model, tokenizer, lineage(0), eos_ids)
+
+    def evaluate(_step: int) -> Metrics:
+        assert held is not None
+        return {"validation": validation_loss(model, held, fit_config.compute_dtype)}
+
+    optimizers = make_optimizers(model, config.optimizer, config.matrix_lr, config.adam_lr, config.weight_decay)
+    done = fit(model, optimizers, steps, next_token_loss, fit_config, run, write_model, evaluate if held else None)
+    with new_directory(run.model, overwrite=True) as directory:
+        save_model(directory, model, tokenizer, lineage(done["tokens"]), eos_ids)
+    losses = [row["validation"] for row in run.rows("metrics") if "validation" in row]
+    write_json(
+        run.directory / "summary.json",
+        {
+            "stage": "sft",
+            "parameters": model.num_parameters(),
+            **done,
+            "conversations": len(train[0]),
+            "held_out": len(validation[0]),
+            "overlong": chats.overlong,
+            "without_targets": chats.without_targets,
+            "epochs": round(done["steps"] * batch_rows / rows.epoch_rows(0), 3),
+            "validation_nats_per_token": losses[-1] if losses else None,
+        },
+    )
+    console.print(f"the assistant is {run.model}; talk with it: fledge chat --model {run.model}", highlight=False)
+
+
+@torch.no_grad()
+def validation_loss(model: CausalLM, rows: ConversationRows, compute_dtype: torch.dtype) -> float:
+    """Nats per token of the assistant over all held-out conversations."""
+    device = model.model.embed_tokens.weight.device
+    total, tokens = torch.zeros((), device=device), 0
+
+    def forward(ids_BT: Tensor, segment_ids_BT: Tensor | None) -> Tensor:
+        logits_BTV: Tensor = model(ids_BT, segment_ids_BT)
+        return logits_BTV
+
+    for first in range(0, rows.epoch_rows(0), 8):
+        batch = rows.rows(first, min(8, rows.epoch_rows(0) - first)).to(device)
+        with torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32):
+            total += next_token_loss(forward, batch)["loss"].sum
+        tokens += batch.denominators()["tokens"]
+    return float(total) / tokens
+
+
+def _check(config: Config) -> None:
+    if config.epochs <= 0:
+        raise UserError(f"--epochs {config.epochs}: must be above 0")
+    if config.minutes is not None and config.minutes <= 0:
+        raise UserError(f"--minutes {config.minutes}: must be above 0")
+    if not 0 <= config.validation_share < 1:
+        raise UserError(f"--validation-share {config.validation_share}: must be at least 0 and below 1")
+    for name in ("row_tokens", "batch_tokens", "micro_batch_tokens", "evaluations", "keep_checkpoints"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+
+
+Encoded = tuple[list[list[int]], list[list[bool]]]
+
+
+def _split(chats: EncodedConversations, share: float) -> tuple[Encoded, Encoded]:
+    """Training and held-out conversations, decided by each one's content."""
+    parts: tuple[Encoded, Encoded] = (([], []), ([], []))
+    for ids, mask in zip(chats.ids, chats.masks, strict=True):
+        part = parts[held_out(json.dumps(ids), share)]
+        part[0].append(ids)
+        part[1].append(mask)
+    return parts if parts[0][0] else (parts[1], ([], []))
+
+
+def _fit_config(
+    config: Config, model: CausalLM, rows: ConversationRows, batch_rows: int, device: torch.device
+) -> FitConfig:
+    total = None if config.minutes else max(1, round(config.epochs * rows.epoch_rows(0) / batch_rows))
+    # Starting the compiler takes up to half a minute; shorter runs are over sooner without it.
+    work = 6 * model.num_parameters() * (total or 0) * batch_rows * rows.row_tokens
+    long = config.minutes > 2 if config.minutes else work > 2e13
+    return FitConfig(
+        label="sft",
+        total_steps=total,
+        minutes=config.minutes,
+        warmup_steps=config.warmup_steps,
+        decay_share=config.decay_share,
+        max_spike=config.max_spike,
+        evaluations=config.evaluations,
+        keep_checkpoints=config.keep_checkpoints,
+        compute_dtype=pick_compute_dtype(device, config.compute),
+        compile=config.compile == "yes" or (config.compile == "auto" and long and can_compile()[0]),
+        validation_unit="nats per token of the assistant",
+    )
+
+
+def _print_plan(
+    console: Console,
+    config: Config,
+    model: CausalLM,
+    chats: EncodedConversations,
+    training: int,
+    rows: ConversationRows,
+    fit_config: FitConfig,
+) -> None:
+    fate = "cut" if config.cut_overlong else "dropped"
+    length = f"{config.minutes} minutes" if config.minutes else f"{fit_config.total_steps:,} steps"
+    console.print(
+        f"{training:,} conversations in {rows.epoch_rows(0):,} rows of {rows.row_tokens} tokens, "
+        f"{len(chats.ids) - training:,} held out, {chats.overlong:,} too long ({fate}), "
+        f"{chats.without_targets:,} without anything to learn (dropped); {chats.targets:,} target tokens\n"
+        f"{model.num_parameters():,} parameters; {length}; {config.optimizer}, peak rates {config.matrix_lr:.3g} and "
+        f"{config.adam_lr:.3g}; {str(fit_config.compute_dtype).removeprefix('torch.')}, "
+        f"{'compiled' if fit_config.compile else 'eager'}",
+        highlight=False,
+    )

@@ -1,0 +1,328 @@
+"""The one training loop. A stage differs in what its `steps` yield and in its loss, and in nothing else."""
+
+from __future__ import annotations
+
+import math
+import signal
+import statistics
+import time
+from collections.abc import Callable, Generator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch.optim import Optimizer
+
+from fledge.device import keep_freed_memory
+from fledge.errors import UserError
+from fledge.files import read_json, write_json
+from fledge.model.checkpoint import read_weights
+from fledge.model.transformer import CausalLM
+from fledge.run import Checkpoint, Run
+from fledge.train.losses import Forward, Term
+from fledge.train.optim import load_optimizer_tensors, optimizer_tensors, set_lr
+from fledge.train.progress import TrainingProgress
+from fledge.train.schedule import warmup_stable_decay
+from fledge.types import Batch
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class Step:
+    """One optimizer step: all of its micro-batches, whether a save may follow it, and what the generator
+    wants handed back when it is resumed behind that save."""
+
+    batches: list[Batch]
+    may_save: bool = True
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+# (first step, saved state) -> a generator of steps, which is sent each step's metrics.
+Steps = Callable[[int, dict[str, Any]], Generator[Step, Metrics | None, None]]
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """What the loop itself needs to know."""
+
+    label: str
+    total_steps: int | None
+    """None: from `minutes`, measured once and then frozen."""
+    minutes: float | None = None
+    warmup_steps: int = 20
+    decay_share: float = 0.4
+    max_grad_norm: float = 1.0
+    max_spike: float = 3.0
+    """Nats above the running mean at which a loss counts as a spike."""
+    evaluations: int = 8
+    """How many times to save and evaluate, evenly spread; the last is at the end."""
+    keep_checkpoints: int = 2
+    compute_dtype: torch.dtype = torch.float32
+    compile: bool = False
+    validation_unit: str = "bits per byte"
+
+
+class Diverged(UserError):
+    """The loss or a gradient became NaN or jumped."""
+
+
+@dataclass
+class _Progress:
+    """What a checkpoint holds besides tensors."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    mean_loss: float | None = None
+    best: float | None = None
+    best_step: int | None = None
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+def fit(
+    model: CausalLM,
+    optimizers: list[Optimizer],
+    steps: Steps,
+    loss_fn: Callable[[Forward, Batch], dict[str, Term]],
+    config: FitConfig,
+    run: Run,
+    write_model: Callable[[Path], None],
+    evaluate: Callable[[int], Metrics] | None = None,
+) -> dict[str, Any]:
+    """Train to the end, resuming from the run's last checkpoint if there is one; returns what was done.
+
+    `write_model` writes a model directory, so that every checkpoint is one. `evaluate(step)` returns
+    figures for `metrics.jsonl`; its `validation` decides which checkpoint is the best (lower is better).
+    Raises Diverged on NaN or a spike, KeyboardInterrupt after saving on Ctrl-C.
+    """
+    console = Console(stderr=True)
+    device = model.model.embed_tokens.weight.device
+    if device.type == "cpu":
+        keep_freed_memory()
+    progress = _resume(model, optimizers, run, console)
+    plan = _Plan(config, run, progress)
+    forward: Forward = torch.compile(model, dynamic=False) if config.compile else model
+    cast = torch.autocast(device.type, config.compute_dtype) if config.compute_dtype != torch.float32 else nullcontext()
+    generator = steps(progress.step, progress.data)
+    metrics: Metrics | None = None
+    if evaluate and progress.step == 0:
+        run.log("metrics", {"step": 0, "tokens": 0, **plan.timed_evaluation(evaluate, 0)})
+    with TrainingProgress(config.label, console) as bar, _Interrupt() as interrupt:
+        while not plan.done(progress.step):
+            started = time.perf_counter()
+            try:
+                step = next(generator) if metrics is None else generator.send(metrics)
+            except StopIteration:
+                break
+            counts = _denominators(step.batches)
+            set_lr(optimizers, warmup_stable_decay(progress.step, plan.total, config.warmup_steps, config.decay_share))
+            if counts["tokens"]:
+                with cast:
+                    metrics = _accumulate(forward, step.batches, loss_fn, counts, device)
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                metrics["grad_norm"] = float(norm)
+                _stop_if_diverged(metrics, progress, config, run)
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+            else:  # nothing to learn from: never NaN, never silent
+                metrics = {"skipped": 1.0}
+                progress.skipped += 1
+            elapsed = time.perf_counter() - started
+            _advance(progress, metrics, counts["tokens"], elapsed, step)
+            rate = plan.observe(progress.step, elapsed, counts["tokens"])
+            run.log("metrics", {"step": progress.step, "tokens": progress.tokens, "seconds": round(progress.seconds, 3),
+                                **metrics, "lr": optimizers[0].param_groups[0]["lr"], "tokens_per_second": rate})  # fmt: skip
+            bar.show(progress.step, plan.total, progress.mean_loss or 0.0, rate, plan.seconds_left(progress.step))
+            if step.may_save and (plan.save_due(progress.step) or interrupt.requested):
+                _save(model, optimizers, run, progress, write_model)  # before anything that could fail
+                if interrupt.requested:
+                    bar.note(f"interrupted: step {progress.step:,} is saved; run the same command again to go on")
+                    raise KeyboardInterrupt
+                if evaluate:
+                    _evaluated(plan.timed_evaluation(evaluate, progress.step), progress, run, bar, config)
+                run.prune(config.keep_checkpoints, progress.best_step)
+    return {
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "seconds": round(progress.seconds, 1),
+        "tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9), 1),
+        "skipped_steps": progress.skipped,
+        "loss": progress.mean_loss,
+        "best_step": progress.best_step,
+    }
+
+
+def _denominators(batches: list[Batch]) -> dict[str, int]:
+    counts: dict[str, int] = {"tokens": 0}
+    for batch in batches:
+        for name, count in batch.denominators().items():
+            counts[name] = counts.get(name, 0) + count
+    return counts
+
+
+def _accumulate(
+    forward: Forward,
+    batches: list[Batch],
+    loss_fn: Callable[[Forward, Batch], dict[str, Term]],
+    counts: dict[str, int],
+    device: torch.device,
+) -> Metrics:
+    """Forward and backward over the micro-batches; every term's sum over the step by its denominator."""
+    sums: dict[str, float] = {}
+    for batch in batches:
+        terms = loss_fn(forward, batch.to(device))
+        objective = torch.stack([t.weight * t.sum / counts[t.per] for t in terms.values() if t.weight]).sum()
+        objective.backward()
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0.0) + float(term.sum.detach()) / counts[term.per]
+    return sums
+
+
+def _stop_if_diverged(metrics: Metrics, progress: _Progress, config: FitConfig, run: Run) -> None:
+    """Called before the weights are touched, so the last checkpoint and the model are still good."""
+    step, loss = progress.step + 1, metrics["loss"]
+    saved = run.checkpoints()
+    good = f"the last good checkpoint is {saved[-1].path}" if saved else "no checkpoint was saved yet"
+    if not all(math.isfinite(value) for value in metrics.values()):
+        bad = next(name for name, value in metrics.items() if not math.isfinite(value))
+        raise Diverged(f"step {step}: {bad} is {metrics[bad]}; {good}; try a lower learning rate")
+    mean = progress.mean_loss
+    if mean is not None and step > config.warmup_steps and loss > mean + config.max_spike:
+        raise Diverged(
+            f"step {step}: the loss jumped to {loss:.3f} from a running mean of {mean:.3f}; {good}; "
+            "try a lower learning rate, or allow it with --max-spike"
+        )
+
+
+def _advance(progress: _Progress, metrics: Metrics, tokens: int, elapsed: float, step: Step) -> None:
+    progress.step += 1
+    progress.tokens += tokens
+    progress.seconds += elapsed
+    progress.data = step.state
+    if "loss" in metrics:
+        mean = progress.mean_loss
+        progress.mean_loss = metrics["loss"] if mean is None else 0.9 * mean + 0.1 * metrics["loss"]
+
+
+def _evaluated(
+    figures: Metrics, progress: _Progress, run: Run, bar: TrainingProgress, config: FitConfig
+) -> None:
+    run.log("metrics", {"step": progress.step, "tokens": progress.tokens, **figures})
+    validation = figures.get("validation")
+    if validation is not None:
+        bar.note(f"step {progress.step:,}: validation {validation:.4f} {config.validation_unit}")
+        if progress.best is None or validation < progress.best:
+            progress.best, progress.best_step = validation, progress.step
+            write_json(run.directory / "best.json", {"step": progress.step, "validation": validation})
+
+
+def _save(
+    model: CausalLM,
+    optimizers: list[Optimizer],
+    run: Run,
+    progress: _Progress,
+    write_model: Callable[[Path], None],
+) -> Checkpoint:
+    def write(directory: Path) -> None:
+        write_model(directory)
+        save_file(optimizer_tensors(optimizers), directory / "optimizer.safetensors")
+
+    return run.save_checkpoint(progress.step, write, vars(progress))
+
+
+def _resume(model: CausalLM, optimizers: list[Optimizer], run: Run, console: Console) -> _Progress:
+    saved = run.checkpoints()
+    if not saved:
+        run.rewind(-1)
+        return _Progress()
+    last = saved[-1]
+    progress = _Progress(**last.state)
+    best = run.directory / "best.json"  # written after the checkpoint's own evaluation
+    if best.exists() and (found := read_json(best))["step"] <= progress.step:
+        progress.best, progress.best_step = found["validation"], found["step"]
+    weights = read_weights(last.path)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+    load_optimizer_tensors(optimizers, load_file(last.path / "optimizer.safetensors"))
+    run.rewind(progress.step)
+    console.print(f"going on from step {progress.step:,} ({last.path})", highlight=False)
+    return progress
+
+
+class _Plan:
+    """How many steps there will be, and after which of them to save."""
+
+    CALIBRATE_SECONDS = 45.0  # or 15% of the budget, whichever is sooner
+
+    def __init__(self, config: FitConfig, run: Run, progress: _Progress) -> None:
+        self.config, self.path = config, run.directory / "plan.json"
+        self.total = config.total_steps
+        if self.total is None and self.path.exists():
+            self.total = int(read_json(self.path)["total_steps"])
+        self.times: list[float] = []
+        self.rates: list[float] = []
+        self.evaluation_seconds = 0.0
+        self.started = time.perf_counter()
+
+    def done(self, step: int) -> bool:
+        return self.total is not None and step >= self.total
+
+    def observe(self, step: int, elapsed: float, tokens: int) -> float:
+        """Take note of a step's time; returns the recent tokens per second."""
+        self.times.append(elapsed)
+        self.rates = [*self.rates[-19:], tokens / elapsed]
+        if self.total is None and self.config.minutes is not None:
+            budget = 60 * self.config.minutes
+            spent = time.perf_counter() - self.started
+            if len(self.times) > 5 and spent >= min(self.CALIBRATE_SECONDS, 0.15 * budget):
+                left = budget - spent - self.config.evaluations * self.evaluation_seconds
+                self.total = step + max(1, round(left / statistics.median(self.times[2:])))
+                write_json(self.path, {"total_steps": self.total})
+        return round(statistics.median(self.rates), 1)
+
+    def seconds_left(self, step: int) -> float | None:
+        if self.total is None:
+            return None
+        return (self.total - step) * statistics.median(self.times[-50:])
+
+    def save_due(self, step: int) -> bool:
+        if self.total is None:
+            return False
+        if step == self.total:
+            return True
+        return step * self.config.evaluations // self.total > (step - 1) * self.config.evaluations // self.total
+
+    def timed_evaluation(self, evaluate: Callable[[int], Metrics], step: int) -> Metrics:
+        started = time.perf_counter()
+        figures = evaluate(step)
+        self.evaluation_seconds = time.perf_counter() - started
+        return figures
+
+
+class _Interrupt:
+    """The first Ctrl-C (or SIGTERM) asks the loop to save and stop; the second stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> _Interrupt:
+        self.previous = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True

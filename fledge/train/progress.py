@@ -1,0 +1,62 @@
+"""The line a user watches while a model trains."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn
+from rich.text import Text
+
+
+def clock(seconds: float) -> str:
+    """Seconds as `m:ss` or `h:mm:ss`."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class _Figures(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("figures", ""), style="cyan")
+
+
+class TrainingProgress:
+    """A bar with loss, tokens/s and time left on a terminal; a line every ten seconds elsewhere."""
+
+    def __init__(self, label: str, console: Console, quiet_seconds: float = 10.0) -> None:
+        self.label, self.console, self.quiet_seconds = label, console, quiet_seconds
+        self.bar: Progress | None = None
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), _Figures())
+            self.bar = Progress(*columns, console=console)
+            self.task = self.bar.add_task(label, total=None)
+        self.printed_at = time.monotonic()
+
+    def __enter__(self) -> TrainingProgress:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def show(
+        self, step: int, total: int | None, loss: float, tokens_per_second: float, seconds_left: float | None
+    ) -> None:
+        """Report a finished step."""
+        left = "measuring" if seconds_left is None else f"{clock(seconds_left)} left"
+        figures = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {left}"
+        if self.bar:
+            self.bar.update(self.task, completed=step, total=total, figures=figures)
+            return
+        now = time.monotonic()
+        if now - self.printed_at >= self.quiet_seconds or step == total:
+            self.printed_at = now
+            self.note(f"{self.label}  step {step:,}/{'?' if total is None else f'{total:,}'}  {figures}")
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        (self.bar.console if self.bar else self.console).print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,105 @@
+"""The types that pass between parts: conversations, batches, completions, and the model interfaces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NotRequired, Protocol, TypedDict
+
+import torch
+from torch import Tensor
+
+FinishReason = Literal["stop", "length", "context"]
+
+
+class Message(TypedDict):
+    """One turn in OpenAI's form; `arguments` of a tool call are a JSON string here."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: NotRequired[str | None]
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
+
+
+class Conversation(TypedDict):
+    """One line of an SFT file."""
+
+    messages: list[Message]
+    tools: NotRequired[list[dict[str, Any]]]
+
+
+@dataclass
+class Batch:
+    """A micro-batch of packed rows. B rows of T + 1 tokens: position t is predicted from those before it.
+
+    `loss_mask` is True where the token is a target; `segment_ids` number the documents or
+    conversations of a row that do not see each other (None: the whole row is one), -1 is padding.
+    """
+
+    input_ids: Tensor
+    loss_mask: Tensor
+    segment_ids: Tensor | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        segments = None if self.segment_ids is None else self.segment_ids.to(device)
+        return Batch(self.input_ids.to(device), self.loss_mask.to(device), segments)
+
+    def denominators(self) -> dict[str, int]:
+        """What losses are averaged over, known before any forward pass."""
+        return {"tokens": int(self.loss_mask[:, 1:].sum()), "sequences": self.input_ids.shape[0]}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a `TokenGenerator` made: ids without the stop token, the raw log-probability of each id
+    under the model, and why it ended (`stop`: a stop id or string; `length`: `max_tokens`;
+    `context`: no room left in the model's context)."""
+
+    ids: list[int]
+    logps: list[float]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request is decoded. Temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    max_tokens: int = 256
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = field(default=())
+
+
+class TokenGenerator(Protocol):
+    """Token ids in; ids, log-probabilities and finish reasons out."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]: ...
+
+    def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[tuple[int, float] | FinishReason]: ...
+
+
+class Scorer(Protocol):
+    """Log-probability of every token of given sequences, the first left out."""
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]: ...
+
+
+class ModelFiles(Protocol):
+    """Anything that writes its part of a model directory (a tokenizer does)."""
+
+    def save(self, directory: Path) -> None: ...
+
+
+def pad_rows(rows: Sequence[Sequence[int]], value: int, length: int | None = None) -> Tensor:
+    """Right-pad integer rows to one int64 tensor (B, T)."""
+    length = max(map(len, rows)) if length is None else length
+    out = torch.full((len(rows), length), value, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+    return out

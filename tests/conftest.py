@@ -1,0 +1,16 @@
+"""What every test shares: few threads and repeatable examples."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import torch
+
+# No deadline: a shared machine may pause at any example.
+hypothesis.settings.register_profile("fledge", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("fledge")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
