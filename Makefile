@@ -1,5 +1,5 @@
 # `make` checks everything; `make demo` raises a model from nothing.
-# PIP_ARGS goes to pip: make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# PIP_ARGS goes to pip, as in: make demo PIP_ARGS="--extra-index-url URL" with the URL of CPU wheels of PyTorch.
 
 PYTHON ?= python3
 PIP_ARGS ?=

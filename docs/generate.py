@@ -25,7 +25,7 @@ These work with every verb:
 | `--help` | List the verb's flags. |
 
 A flag that takes several values takes them at once or repeated: `--data a b` is `--data a --data b`.
-A value that starts with `-` is written `--flag=VALUE`. A switch `--flag` is taken back by `--no-flag`.
+A value that starts with `--` is written `--flag=VALUE`. A switch `--flag` is taken back by `--no-flag`.
 
 Exit codes: 0 done; 2 a mistake to mend, said in one line; 130 interrupted by Ctrl-C."""
 

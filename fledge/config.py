@@ -38,20 +38,17 @@ def parse(config_class: type[C], verb: str, argv: Sequence[str]) -> C | None:
     from cyclopts import App, CycloptsError, MissingArgumentError, Parameter, Token, UnusedCliTokensError
     from cyclopts.argument import ArgumentCollection
 
-    flags, file = _take_config_flag(argv)
-
+    flags, file = _take_config_flag(_join_hyphens(argv))
     hints = get_type_hints(config_class)
 
     def fill_from_file(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
         values = {} if file is None else read_toml(config_class, file)
         for argument in arguments:
             name = argument.field_info.name
-            # cyclopts would round 1.5.
-            if (
-                any("." in token.value for token in argument.tokens)
-                and describe(hints[name]) == "whole number"
-            ):
-                raise UserError(f"{argument.name} must be a whole number, not {argument.tokens[0].value!r}")
+            for token in argument.tokens:
+                # cyclopts would round it.
+                if "." in token.value and describe(hints[name]) == "whole number":
+                    raise UserError(f"{argument.name} must be a whole number, not {token.value!r}")
             if name in values and not argument.tokens:
                 argument.append(Token(source=str(file), implicit_value=values[name]))
 
@@ -76,7 +73,7 @@ def parse(config_class: type[C], verb: str, argv: Sequence[str]) -> C | None:
         message = " ".join(str(error).split())
         flag = error.argument.name if isinstance(error, MissingArgumentError) and error.argument else ""
         if flag in flags and flags.index(flag) + 1 < len(flags):
-            message += f" A value that starts with '-' is written {flag}=VALUE."
+            message += f" A value that starts with '--' is written {flag}=VALUE."
         raise UserError(f"{message} See fledge {verb} --help") from error
     return config
 
@@ -153,6 +150,24 @@ def field_texts(config_class: type[Dataclass]) -> dict[str, str]:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                 texts[name] = " ".join(text.split())
     return texts
+
+
+def _join_hyphens(argv: Sequence[str]) -> list[str]:
+    """Join a value that starts with one hyphen, as "-" or "- item", to its flag with "=".
+
+    Every flag but -h has two hyphens, so it must be a value; cyclopts would look for such a flag.
+    """
+    joined: list[str] = []
+    flag = ""
+    for arg in argv:
+        if arg.startswith("--"):
+            flag = arg.partition("=")[0]
+        elif arg.startswith("-") and arg != "-h" and flag:
+            if joined[-1] == flag:
+                joined.pop()
+            arg = f"{flag}={arg}"
+        joined.append(arg)
+    return joined
 
 
 def _take_config_flag(argv: Sequence[str]) -> tuple[list[str], Path | None]:

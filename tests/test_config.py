@@ -121,10 +121,16 @@ def test_flags() -> None:
     )
 
 
-def test_a_value_may_start_with_a_hyphen_after_an_equals_sign() -> None:
-    assert fly("--data=-x", "--stop=--", "--stop=- a").stop == ("--", "- a")
+def test_a_value_may_start_with_a_hyphen() -> None:
+    config = fly("--data", "-", "--stop", "- a", "b", "-x", "c", "--steps", "-1", "--learning-rate=-2")
+    assert config == Config(data=("-",), stop=("- a", "b", "-x", "c"), steps=-1, learning_rate=-2)
+    assert fly("--data", "a", "-", "--overwrite").data == ("a", "-")
+
+
+def test_a_value_with_two_hyphens_needs_an_equals_sign() -> None:
+    assert fly("--data=--x", "--stop=--").stop == ("--",)
     with pytest.raises(UserError, match="--out=VALUE"):
-        fly("--data", "a", "--out", "-x")
+        fly("--data", "a", "--out", "--x")
 
 
 def test_flags_override_the_file(tmp_path: Path) -> None:
@@ -142,6 +148,8 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
         (["--data"], "--data"),
         (["a.txt"], "--data"),
         (["--data", "a", "--", "b"], "'b'"),
+        (["-x", "--data", "a"], "-x"),
+        (["--data", "a", "--overwrite", "-x"], "--overwrite"),
         (["--data", "a", "--learningrate", "1"], "--learning-rate"),
         (["--data", "a", "--steps", "many"], "--steps"),
         (["--data", "a", "--steps", "1.5"], "--steps"),

@@ -16,6 +16,7 @@ import sysconfig
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -136,9 +137,11 @@ def _strings(node: ast.AST) -> set[str]:
 
 
 def statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements of a body, and those inside its `if` and `try`."""
+    """The statements of a body, and those inside its `if`, `try` and `with`."""
     for node in body:
         yield node
+        if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
+            continue  # what only a script defines
         for inner in ("body", "orelse", "finalbody"):
             if isinstance(node, (ast.If, ast.Try, ast.With)):
                 yield from statements(getattr(node, inner, []))
@@ -147,17 +150,24 @@ def statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
                 yield from statements(handler.body)
 
 
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Without the cyclic collector, which would look through all syntax trees again and again (4x slower)."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 def read_library(root: Path | None = None) -> dict[str, SourceModule]:
     """Parse the standard library (or `root`), sorted by path; name -> module. UserError if there is none."""
     root = root or Path(sysconfig.get_path("stdlib"))
     paths = sorted(_python_files(root), key=lambda path: path.relative_to(root).as_posix())
-    collecting = gc.isenabled()
-    gc.disable()  # the collector looks through all trees again and again: parsing takes 4 times as long
-    try:
+    with collector_paused():
         modules = [module for path in paths if (module := _read_module(root, path)) is not None]
-    finally:
-        if collecting:
-            gc.enable()
     if not modules:
         raise UserError(f"no Python source in {root}: install Python with its library's .py files")
     return {module.name: module for module in modules}
@@ -233,6 +243,7 @@ def summarize(docstring: str, last_name: str) -> str | None:
 
 
 def _clean(text: str, last_name: str) -> str | None:
+    text = re.sub(r"\s*<https?://[^>]*>", "", text)
     text = _ROLE.sub(r"\1", text).replace("`", "")
     text = re.sub(r"(?<![\w*])\*{1,2}(\w[\w ]*?)\*{1,2}(?![\w*])", r"\1", text)
     text = " ".join(text.split())
@@ -245,7 +256,13 @@ def _clean(text: str, last_name: str) -> str | None:
         return None
     text = text if text[-1] in ".!?" else text + "."
     words = text.split()
-    if not 3 <= len(words) <= 14 or len(text) > 100 or not text.isascii() or not text.isprintable() or not text[0].isalpha():
+    if (
+        not 3 <= len(words) <= 14
+        or len(text) > 100
+        or not text.isascii()
+        or not text.isprintable()
+        or not text[0].isalpha()
+    ):
         return None
     unbalanced = any(text.count(a) != text.count(b) for a, b in ("()", "[]")) or text.count('"') % 2
     wordy = sum(word.strip(".,()'\"").isalpha() for word in words) / len(words)
@@ -373,7 +390,7 @@ def _fact(
 ) -> Iterator[Fact]:
     docstring = ast.get_docstring(node)
     summary = summarize(docstring, name.rsplit(".", 1)[-1]) if docstring else None
-    if summary and name.count(".") <= 3 and len(name) <= 60:
+    if summary and name.count(".") <= 3 and len(name) <= 60 and not name.endswith(".test"):
         yield Fact(name, kind, signature, summary, module, node.lineno)
 
 

@@ -8,6 +8,7 @@ real ones. How far that succeeds is measured: see `fledge.evals.facts.NgramNameC
 from __future__ import annotations
 
 import ast
+import builtins
 import re
 import sys
 from collections import Counter, defaultdict
@@ -18,10 +19,6 @@ from fledge.data.facts import Fact, SourceModule, statements, unit_hash
 
 _CAMEL_WORD = re.compile(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+|[a-z]+")
 _DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
-_BUILTIN_BASES: dict[str, type] = {
-    base.__name__: base for base in (object, dict, list, tuple, set, frozenset, str, bytes, int)
-}
-_BUILTIN_BASES |= {"float": float, "BaseException": BaseException, "OSError": OSError, "type": type}
 
 
 class ExistingNames:
@@ -30,19 +27,16 @@ class ExistingNames:
     It errs on the side of "exists": any identifier that stands in the module's own file counts.
     """
 
-    def __init__(self, modules: Mapping[str, SourceModule], facts: Sequence[Fact]) -> None:
-        self._modules = set(modules) | set(sys.stdlib_module_names)
+    def __init__(self, modules: Mapping[str, SourceModule]) -> None:
+        self._modules = modules
         self._identifiers: dict[str, frozenset[str]] = {}
         self._bases: dict[str, set[str]] = defaultdict(set)
         self._members: dict[str, set[str]] = defaultdict(set)
         self._pairs: set[tuple[str, str]] = set()
         for name, module in modules.items():
-            self._identifiers[name] = frozenset(re.findall(r"[A-Za-z_]\w*", module.text))
             for chain in set(_DOTTED.findall(module.text)) | {name}:
-                parts = chain.split(".")
-                self._pairs.update(pairwise(parts))
+                self._pairs.update(pairwise(chain.split(".")))
             self._add_classes(module.tree.body)
-        self._spellings = {_spelling(fact.name) for fact in facts}
 
     def _add_classes(self, body: Sequence[ast.stmt]) -> None:
         for node in statements(body):
@@ -55,21 +49,27 @@ class ExistingNames:
                 self._add_classes(node.body)
 
     def __call__(self, name: str) -> bool:
-        """Whether the dotted name exists, as far as the source tells."""
+        """Whether the dotted name exists, or differs from one that does only in case, "_" or plural."""
         prefix, _, last = name.rpartition(".")
-        if name in self._modules or _spelling(name) in self._spellings:
-            return True
         if not prefix:
-            return False
+            return name in self._modules or name in sys.stdlib_module_names
         owner = prefix.rsplit(".", 1)[-1]
         if (owner, last) in self._pairs or last in self._class_members(owner):
             return True
-        home = prefix
-        while home:
-            if last in self._identifiers.get(home, ()):
-                return True
-            home = home.rpartition(".")[0]
-        return False
+        homes = [prefix]
+        while "." in homes[-1]:
+            homes.append(homes[-1].rpartition(".")[0])
+        return any(_spelling(last) in self._spellings_in(home) for home in homes)
+
+    def _spellings_in(self, name: str) -> frozenset[str]:
+        if name not in self._identifiers:
+            module = self._modules.get(name)
+            found = set(re.findall(r"[A-Za-z_]\w*", module.text)) if module else set()
+            for local, (target, _) in module.imports.items() if module else ():
+                if local.startswith("*") and target in self._modules:
+                    found.update(self._modules[target].definitions)
+            self._identifiers[name] = frozenset(map(_spelling, found))
+        return self._identifiers[name]
 
     def _class_members(self, name: str) -> set[str]:
         found: set[str] = set()
@@ -81,10 +81,8 @@ class ExistingNames:
                 seen.add(current)
                 found |= self._members.get(current, set())
                 queue.extend(self._bases.get(current, ()))
-        builtins = (
-            _BUILTIN_BASES.get(base, BaseException if base.endswith("Error") else object) for base in seen
-        )
-        return found.union(*(set(dir(base)) for base in builtins))
+        known = (getattr(builtins, base, object) for base in seen | {"object"})
+        return found.union(("register", "mro"), *(dir(base) for base in known))
 
 
 def _spelling(name: str) -> str:

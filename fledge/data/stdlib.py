@@ -24,6 +24,7 @@ from fledge.data.facts import (
     Fact,
     SourceModule,
     Split,
+    collector_paused,
     find_facts,
     read_library,
     split_facts,
@@ -138,7 +139,7 @@ def presentations(fact: Fact) -> list[str]:
             f"Help on {kind} {name}:\n\n{_call(fact)}\n    {summary}\n",
             f"NAME\n    {name}\n\nDESCRIPTION\n    {summary}\n",
         ),
-        "index": (f"{name} -- {summary}\n", f"- {name}: {summary}\n", f"{name}\n    {summary}\n"),
+        "index": (f"{name} -- {summary}\n", f"- {name}: {summary}\n", f"{name:<40} {summary}\n"),
         "prose": (
             f"The {kind} {name} is documented in one line. {summary}\n",
             f"About the {kind} {name}, the documentation says: {summary}\n",
@@ -329,9 +330,12 @@ class _Mentions:
 # --- the corpus -----------------------------------------------------------------------------------
 
 
-def _evaluation(names: Mapping[str, str | None], split: str, limit: int | None = None) -> list[Record]:
-    order = sorted(names, key=lambda name: unit_hash("evaluation", name))[:limit]
-    asked = [(name, QUESTIONS[i % len(QUESTIONS)].format(name=name)) for i, name in enumerate(order)]
+def _draw(names: Iterable[str], limit: int | None = None) -> list[str]:
+    return sorted(names, key=lambda name: unit_hash("evaluation", name))[:limit]
+
+
+def _evaluation(names: Mapping[str, str | None], split: str) -> list[Record]:
+    asked = [(name, QUESTIONS[i % len(QUESTIONS)].format(name=name)) for i, name in enumerate(_draw(names))]
     return [{"name": name, "question": q, "answer": names[name], "split": split} for name, q in asked]
 
 
@@ -355,19 +359,24 @@ def _question_texts(
 
 
 def _texts(
-    modules: Mapping[str, SourceModule], by_split: Mapping[Split, Sequence[Fact]], without_test: bool
+    modules: Mapping[str, SourceModule],
+    by_split: Mapping[Split, Sequence[Fact]],
+    question_texts: list[str],
+    without_test: bool,
 ) -> dict[str, list[str]]:
-    """The three sources of text; `without_test` leaves out documents that mention test facts."""
+    """The sources of text; `without_test` leaves out documents that mention test facts."""
     told = {split: facts for split, facts in by_split.items() if not (without_test and split == "test")}
     pages = [page for facts in told.values() for page in listings(facts)]
     pages += [text for facts in told.values() for fact in facts for text in presentations(fact)]
     texts = {"topics": topic_documents(), "source": list(source_documents(modules)), "facts": pages}
+    texts["questions"] = question_texts
     if without_test:
         mentions = _Mentions(by_split["test"])
         texts = {source: [t for t in group if not mentions(t)] for source, group in texts.items()}
     return texts
 
 
+@collector_paused()
 def build_corpus(
     directory: Path,
     seed: int = 0,
@@ -394,29 +403,32 @@ def build_corpus(
     splits = split_facts(facts, seed)
     by_split: dict[Split, list[Fact]] = {s: [f for f in facts if splits[f.name] == s] for s in SPLIT_SHARES}
     taught = {fact.name: fact.summary for fact in by_split["sft"]}
-    exists = ExistingNames(modules, facts)
+    exists = ExistingNames(modules)
     invented = invented_names(by_split["sft"], exists, len(taught), seed)
     unseen = invented_names(
         by_split["test"], exists, min(evaluation_names, len(taught)), seed + 1, apart_from=invented
     )
     shown = _few_shot(by_split["sft"], invented)
     asked: dict[str, Mapping[str, str | None]] = {
-        "seen": {name: answer for name, answer in taught.items() if name not in dict(shown)},
+        "seen": {name: taught[name] for name in _draw(set(taught) - set(dict(shown)), evaluation_names)},
         "test": {fact.name: fact.summary for fact in by_split["test"]},
         "invented": dict.fromkeys(unseen),
         "preference": {fact.name: fact.summary for fact in by_split["preference"]},
     }
-    texts = _texts(modules, by_split, without_test_documents)
     refusals = round(plain_refusal_share * plain_questions_per_fact * len(taught))
-    texts["questions"] = _question_texts(taught, invented, plain_questions_per_fact, refusals)
+    plain = _question_texts(taught, invented, plain_questions_per_fact, refusals)
+    texts = _texts(modules, by_split, plain, without_test_documents)
     files = {
         f"{source}.jsonl": _jsonl({"text": text} for text in sorted(group, key=lambda t: unit_hash(seed, t)))
         for source, group in texts.items()
     }
     files["sft.jsonl"] = _jsonl(conversations(taught, invented, seed, questions_per_fact, refusal_share))
-    for split, names in asked.items():
-        file = "preference.jsonl" if split == "preference" else f"eval_{split}.jsonl"
-        files[file] = _jsonl(_evaluation(names, split, evaluation_names if split == "seen" else None))
+    files |= {
+        "preference.jsonl" if split == "preference" else f"eval_{split}.jsonl": _jsonl(
+            _evaluation(names, split)
+        )
+        for split, names in asked.items()
+    }
     files["names.json"] = _json({"real": splits, "invented": {"sft": invented, "test": unseen}})
     files["few_shot.txt"] = "\n".join(
         plain_question(QUESTIONS[i].format(name=name), answer) for i, (name, answer) in enumerate(shown)

@@ -77,7 +77,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     if index.exists():
         try:
             files = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: not a valid shard index ({error!r})") from None
     weights: dict[str, Tensor] = {}
     for file in files:
@@ -102,7 +102,10 @@ def eos_ids_of(directory: Path) -> list[int]:
         except (ValueError, AttributeError):
             raise UserError(f"{path}: not valid JSON") from None
         if value is not None:
-            return list(value) if isinstance(value, list) else [int(value)]
+            ids = value if isinstance(value, list) else [value]
+            if not all(type(token_id) is int for token_id in ids):
+                raise UserError(f"{path}: eos_token_id = {value!r} is not a token id or a list of them")
+            return ids
     return []
 
 

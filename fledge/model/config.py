@@ -96,7 +96,8 @@ class ModelConfig:
         if not isinstance(theta, int | float) or theta <= 0:
             raise UserError(f"{where}: rope_theta = {theta!r} is not a number above 0")
         for key in _SIZES:
-            if key in raw and not (type(raw[key]) is int and raw[key] > 0 or key in _DERIVED and raw[key] is None):
+            is_whole = type(raw.get(key)) is int and raw[key] > 0
+            if key in raw and not is_whole and not (key in _DERIVED and raw[key] is None):
                 raise UserError(f"{where}: {key} = {raw[key]!r} is not a whole number above 0")
         try:
             heads = raw["num_attention_heads"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from fledge.errors import UserError
+from fledge.files import read_json, write_json, write_text
 from fledge.tokenizer.chat import CHAT_TEMPLATE
 
 END_OF_TEXT = "<|endoftext|>"
@@ -32,6 +32,9 @@ MARKUP_TOKENS = (
 )
 SPECIAL_TOKENS = CONTROL_TOKENS + MARKUP_TOKENS
 SMALLEST_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+
+# What `save` writes.
+FILES = ("tokenizer.json", "tokenizer_config.json")
 
 # Qwen2's pre-tokenizer: contractions, words with one leading mark or space, single digits, runs of
 # punctuation with the line breaks after them, line breaks, other white space.
@@ -142,8 +145,8 @@ class Tokenizer:
             config["model_max_length"] = model_max_length
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        _replace(directory / "tokenizer.json", self._backend.to_str(pretty=True))
-        _replace(directory / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        write_text(directory / "tokenizer.json", self._backend.to_str(pretty=True))
+        write_json(directory / "tokenizer_config.json", config)
         # An older template file would win over the template in the config.
         (directory / "chat_template.jinja").unlink(missing_ok=True)
 
@@ -254,11 +257,9 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path}: not found; it belongs to a tokenizer") from None
+        raise UserError(f"{path}: no such file; a tokenizer is {' and '.join(FILES)}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 (byte {error.start}); get the file again") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise UserError(f"{path}: not valid UTF-8 (byte {error.start}); get the file again") from None
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
@@ -276,21 +277,16 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: broken JSON ({error}); get the file again") from None
+    config = read_json(path)
     if not isinstance(config, dict):
         raise UserError(f"{path}: not a JSON object; get the file again")
     if isinstance(templates := config.get("chat_template"), list):  # several, by name
-        config["chat_template"] = {item["name"]: item["template"] for item in templates}.get("default")
+        config["chat_template"] = next(
+            (
+                item.get("template")
+                for item in templates
+                if isinstance(item, dict) and item.get("name") == "default"
+            ),
+            None,
+        )
     return config
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

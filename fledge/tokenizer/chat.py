@@ -357,7 +357,7 @@ def _shielded(value: Any, tokens: tuple[str, ...], mark: str, structure: bool = 
 def _shielded_text(text: str, tokens: tuple[str, ...], mark: str, structure: bool) -> str:
     patterns = _patterns(tokens)
     inside = bool(text) and not structure and any(text in token for token in tokens)
-    before = ""
+    before = mark if inside or text.startswith(patterns.tails) else ""
     after = mark if inside or text.endswith(patterns.heads) else ""
     return before + patterns.begin.sub(rf"\g<0>{mark}", text) + after
 

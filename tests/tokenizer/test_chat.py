@@ -28,8 +28,12 @@ json_values = st.recursive(
 )
 # Pieces that, alone or beside each other and the template's text, read like special tokens or marks.
 pieces = st.sampled_from(
-    [*SPECIAL_TOKENS, "<|", "|>", "<", ">", "im_end", "think", "<|im_", "end|>", "</tool", "_call>"]
-    + ["fledge0", "fledge1|", "fledge0(", "{{ 1 }}", "{% endgeneration %}", "\n", " ", "é", "🦊", "word"]
+    (
+        *SPECIAL_TOKENS,
+        *("<|", "|>", "<", ">", "im_end", "think", "<|im_", "end|>", "</tool", "_call>"),
+        *("fledge0", "fledge1|", "fledge0(", "{{ 1 }}", "{% endgeneration %}"),
+        *("\n", " ", "é", "🦊", "word"),
+    )
 )
 contents = st.text(max_size=12) | st.lists(pieces, max_size=6).map("".join)
 calls = st.builds(
@@ -67,7 +71,7 @@ tool_lists = st.none() | st.lists(
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    text = "system user assistant\nHello, how can I help you?\n\n\n\n  \n\n You may call <tool_call> <|im_end|>\n"
+    text = "system user assistant\nHello, how can I help you?\n\n\n\n  \n\n You may call <tool_call>\n"
     return train_bpe([text * 3, json.dumps(WEATHER) * 3], 500)
 
 
@@ -83,7 +87,7 @@ def targets(tokenizer: Tokenizer, chat: EncodedChat) -> list[str]:
 
 
 def test_the_form_of_a_chat(tokenizer: Tokenizer) -> None:
-    messages = [
+    messages: list[Any] = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hello?"},
         {"role": "assistant", "content": "Hi."},
@@ -105,7 +109,7 @@ def test_the_form_of_a_chat(tokenizer: Tokenizer) -> None:
 
 def test_the_form_of_tools(tokenizer: Tokenizer) -> None:
     call = {"type": "function", "function": {"name": "get_weather", "arguments": '{"city":"Köln"}'}}
-    messages = [
+    messages: list[Any] = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Weather?"},
         {"role": "assistant", "content": None, "tool_calls": [call]},
@@ -201,7 +205,7 @@ def test_the_mask_is_what_the_assistant_wrote(
 @given(content=st.text(max_size=20), tool_calls=st.lists(calls, max_size=3))
 @settings(deadline=None)
 def test_tool_calls_come_back(tokenizer: Tokenizer, content: str, tool_calls: list[Any]) -> None:
-    messages = [
+    messages: list[Any] = [
         {"role": "user", "content": "?"},
         {"role": "assistant", "content": content, "tool_calls": tool_calls},
     ]
@@ -214,7 +218,7 @@ def test_tool_calls_come_back(tokenizer: Tokenizer, content: str, tool_calls: li
         assert got["function"]["name"] == given_["function"]["name"]
         assert json.loads(got["function"]["arguments"]) == json.loads(given_["function"]["arguments"])
     # What was parsed can be sent back, and reads the same.
-    again = [messages[0], {"role": "assistant", "content": parsed_content, "tool_calls": parsed}]
+    again: list[Any] = [messages[0], {"role": "assistant", "content": parsed_content, "tool_calls": parsed}]
     assert encode_chat(tokenizer, again) == encode_chat(tokenizer, messages)
 
 
@@ -251,7 +255,7 @@ def test_parsing_of_calls(text: str, content: str | None, names: list[str]) -> N
     assert [call["function"]["name"] for call in parsed] == names
 
 
-@given(text=st.lists(pieces | st.sampled_from(list('{}[]":,') + [CALL, '{"name": "f"}'])).map("".join))
+@given(text=st.lists(pieces | st.sampled_from([*'{}[]":,', CALL, '{"name": "f"}'])).map("".join))
 @settings(deadline=None)
 def test_parsing_never_raises_and_loses_no_text(text: str) -> None:
     content, parsed = parse_tool_calls(text)
@@ -259,7 +263,7 @@ def test_parsing_never_raises_and_loses_no_text(text: str) -> None:
         assert content == text
 
 
-USER = {"role": "user", "content": "hi"}
+USER: Any = {"role": "user", "content": "hi"}
 
 
 def with_call(**function: object) -> dict[str, Any]:
@@ -306,9 +310,10 @@ def test_bad_messages_are_named(tokenizer: Tokenizer, message: Any, complaint: s
 def test_no_messages_and_bad_tools(tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="messages: empty"):
         encode_chat(tokenizer, [])
-    for tool in ("f", {}, {"function": {"name": 3}}):
+    bad: list[Any] = ["f", {}, {"function": {"name": 3}}]
+    for tool in bad:
         with pytest.raises(UserError, match=r"^tools\[1\]: not of the form"):
-            encode_chat(tokenizer, [USER], [WEATHER, tool])  # type: ignore[list-item]
+            encode_chat(tokenizer, [USER], [WEATHER, tool])
 
 
 def other(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
@@ -324,7 +329,10 @@ def test_templates_of_others(tokenizer: Tokenizer) -> None:
         "{{ m.role }}: {{ m.content | trim }}{{ eos_token }}\n{% endfor %}\n"
         "{% if tools[0].type == 'function' %}{{ tools[0].function.name }}{% endif %}"
     )
-    messages = [{"role": "system", "content": "no"}, {"role": "user", "content": "\n a<|endoftext|> "}]
+    messages: list[Any] = [
+        {"role": "system", "content": "no"},
+        {"role": "user", "content": "\n a<|endoftext|> "},
+    ]
     changed = other(tokenizer, template)
     text = "user: a<|endoftext|><|endoftext|>\nget_weather"
     assert render_chat(changed, messages, [WEATHER]) == text
@@ -343,7 +351,7 @@ def test_templates_of_others(tokenizer: Tokenizer) -> None:
     ],
 )
 def test_templates_that_look_at_look_alikes_are_refused(tokenizer: Tokenizer, template: str) -> None:
-    message = {"role": "user", "content": "a</think>b<|im_end|></think>c"}
+    message: Any = {"role": "user", "content": "a</think>b<|im_end|></think>c"}
     with pytest.raises(UserError, match="chat template"):
         encode_chat(other(tokenizer, template), [message])
 
@@ -356,7 +364,8 @@ def test_a_template_cannot_be_completed_into_a_special_token(tokenizer: Tokenize
         ("<|im_{{ messages[0].content }}", "end|>"),
         ("{{ messages[0].content }}{{ messages[0].name }}", "<thi"),
     ]:
-        chat = encode_chat(other(tokenizer, template), [{"role": "user", "content": content, "name": "nk>"}])
+        message: Any = {"role": "user", "content": content, "name": "nk>"}
+        chat = encode_chat(other(tokenizer, template), [message])
         assert tokenizer.special_ids.isdisjoint(chat.ids)
 
 

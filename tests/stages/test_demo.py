@@ -1,0 +1,61 @@
+"""The demo at a tiny size: every stage, the report, and a second run that finds nothing left to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fledge.cli import main
+from fledge.data.conversations import read_conversations
+from fledge.tokenizer.bpe import Tokenizer
+
+TINY = ["--facts", "150", "--params", "0.3M", "--vocab-size", "700", "--tokens", "16k", "--sft-epochs", "0.2",
+        "--limit", "6"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished tiny demo."""
+    out = tmp_path_factory.mktemp("demo") / "demo"
+    assert main(["demo", "--out", str(out), *TINY]) == 0
+    return out
+
+
+def test_leaves_what_it_promises(demo: Path) -> None:
+    for name in ("report.html", "summary.json", "base/model/model.safetensors", "sft/model/model.safetensors"):
+        assert (demo / name).stat().st_size > 0
+    summary = json.loads((demo / "summary.json").read_text())
+    for model in ("base-plain", "base-few-shot", "sft"):
+        assert summary["models"][model]["seen"]["n"] == 6
+        assert summary["models"][model]["invented_refused"]["n"] == 6
+    assert 0 <= summary["controls"]["nearest_name_test"]["rate"] < 1
+    assert set(summary["models"]["sft"]["bits_per_byte"]) == {"facts", "questions", "topics", "source"}
+
+
+def test_test_and_invented_names_are_in_no_training_question(demo: Path) -> None:
+    corpus = demo / "corpus"
+    trained = (corpus / "questions.jsonl").read_text() + (corpus / "sft.jsonl").read_text()
+    trained += (corpus / "few_shot.txt").read_text()
+    for kind in ("test", "invented"):
+        for line in (corpus / f"eval_{kind}.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            assert row["question"] not in trained
+            assert f" {row['name']}?" not in trained and f" {row['name']} " not in trained, row["name"]
+
+
+def test_conversations_fit_the_rows(demo: Path) -> None:
+    chats = read_conversations(demo / "corpus/sft.jsonl", Tokenizer.load(demo / "tokenizer"), 257, False)
+    assert chats.overlong == 0 and chats.without_targets == 0
+
+
+def test_a_second_run_changes_no_model(demo: Path) -> None:
+    before = {path: path.read_bytes() for path in demo.rglob("model.safetensors")}
+    assert main(["demo", "--out", str(demo), *TINY]) == 0
+    assert before == {path: path.read_bytes() for path in demo.rglob("model.safetensors")}
+
+
+def test_other_settings_are_refused(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--out", str(demo), *TINY, "--facts", "160"]) == 2
+    assert "--out" in capsys.readouterr().err
