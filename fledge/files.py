@@ -30,7 +30,7 @@ def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
         yield temporary
         _sync_tree(temporary)
         if path.exists():
-            old = path.parent / f".{path.name}.old-{os.getpid()}"
+            old = path.parent / f".{path.name}.tmp-{os.getpid()}-old"
             path.rename(old)
             temporary.rename(path)
             shutil.rmtree(old)
@@ -39,6 +39,26 @@ def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or directory; a directory is renamed first, so that a crash leaves no half under its name."""
+    if path.is_dir() and not path.is_symlink():
+        hidden = path.parent / f".{path.name}.tmp-{os.getpid()}-old"
+        shutil.rmtree(hidden, ignore_errors=True)
+        path.rename(hidden)
+        shutil.rmtree(hidden)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Delete what a crash left in `directory` under the temporary names of this module."""
+    for leftover in directory.glob(".*.tmp-*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
 
 
 def _sync(path: Path) -> None:
@@ -83,21 +103,29 @@ def read_json(path: Path) -> Any:
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a JSON Lines file with their line numbers, blank lines left out.
 
-    Raises UserError with file and line for invalid UTF-8, broken JSON, or a line that is no object.
+    Raises UserError with file and line for invalid UTF-8, broken JSON, text with half of a surrogate
+    pair, or a line that is no object.
     """
     try:
         handle = path.open("rb")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     with handle:
         for number, raw in enumerate(handle, start=1):
             if not raw.strip():
                 continue
             try:
                 value = json.loads(raw.decode("utf-8"))
+                if b"\\ud" in raw.lower():  # only an escape can hold half of a pair
+                    json.dumps(value, ensure_ascii=False).encode()
             except UnicodeDecodeError as error:
                 raise UserError(f"{path}:{number}: not valid UTF-8 (byte {error.start} of the line)") from None
-            except ValueError as error:
+            except UnicodeEncodeError as error:
+                half = error.object[error.start]
+                raise UserError(f"{path}:{number}: {half!a} is half of a surrogate pair, not a character") from None
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}:{number}: not valid JSON ({error})") from None
             if not isinstance(value, dict):
                 raise UserError(f"{path}:{number}: a line must be a JSON object, found {type(value).__name__}")

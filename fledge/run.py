@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 
 from fledge import __version__
 from fledge.errors import UserError
-from fledge.files import new_directory, read_json, write_json, write_text
+from fledge.files import new_directory, read_json, read_jsonl, remove, remove_leftovers, write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -36,34 +36,40 @@ class Checkpoint:
 class Run:
     """`config.toml`, `environment.json`, `metrics.jsonl`, `samples.jsonl`, `checkpoints/`, `model/`, `summary.json`."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, config_toml: str = "", overwrite: bool = False) -> None:
+        self.directory, self.config_toml, self.overwrite = directory, config_toml, overwrite
 
     @classmethod
     def open(cls, directory: Path, config_toml: str, overwrite: bool = False) -> Run:
-        """Create a run, or go on with the one that the same configuration began.
+        """A new run, or the one that the same configuration began; nothing is written before `begin`.
 
-        Raises UserError if the directory holds something else; `overwrite` deletes an earlier run first.
+        Raises UserError if the directory holds something else; with `overwrite` that may be another run.
         """
         saved = directory / "config.toml"
-        if directory.exists() and any(directory.iterdir()):
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             if not saved.exists():
                 raise UserError(f"{directory}: exists and is not a run directory; choose another --out")
-            if overwrite:
-                shutil.rmtree(directory)
-            elif (differing := _differing_keys(saved.read_text(encoding="utf-8"), config_toml)) is not None:
+            if not overwrite and (differing := _differing_keys(saved, config_toml)):
                 raise UserError(
                     f"{directory}: holds a run with another configuration ({differing}); run the same command to "
                     "resume it, choose another --out, or pass --overwrite to delete it"
                 )
-        directory.mkdir(parents=True, exist_ok=True)
-        for leftover in [*directory.glob(".*.tmp-*"), *(directory / "checkpoints").glob(".*.tmp-*")]:
-            shutil.rmtree(leftover, ignore_errors=True)
-        run = cls(directory)
+        return cls(directory, config_toml, overwrite and saved.exists())
+
+    def begin(self) -> None:
+        """Make the directory, once all that the user gave is known to be good: `overwrite` deletes what it held."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.directory)
+        remove_leftovers(self.directory / "checkpoints")
+        saved = self.directory / "config.toml"
+        if self.overwrite:  # config.toml goes last: until then it is a run that can be resumed or overwritten
+            for path in sorted(self.directory.iterdir(), key=lambda path: path == saved):
+                remove(path)
+            self.overwrite = False
         if not saved.exists():
-            write_json(directory / "environment.json", environment())
-            write_text(saved, config_toml)
-        return run
+            write_text(saved, self.config_toml)
+        if not (self.directory / "environment.json").exists():
+            write_json(self.directory / "environment.json", environment())
 
     @property
     def model(self) -> Path:
@@ -72,8 +78,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the stage wrote all it promised."""
-        return self.model.is_dir() and (self.directory / "summary.json").exists()
+        """Whether the stage wrote all it promised, and is not to start anew."""
+        return not self.overwrite and self.model.is_dir() and (self.directory / "summary.json").exists()
 
     def checkpoints(self) -> list[Checkpoint]:
         """Complete checkpoints, oldest first."""
@@ -93,42 +99,48 @@ class Run:
         """Delete all checkpoints but the last few and the best."""
         for checkpoint in self.checkpoints()[:-keep_last]:
             if checkpoint.step != best_step:
-                shutil.rmtree(checkpoint.path)
+                remove(checkpoint.path)
 
     def log(self, name: str, row: dict[str, Any]) -> None:
         """Append a row to `<name>.jsonl`."""
         with (self.directory / f"{name}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def rewind(self, step: int) -> None:
-        """Drop logged rows later than `step`: the resumed run will write them again."""
-        for name in ("metrics", "samples"):
+    def rewind(self, step: int, samples_step: int) -> None:
+        """Drop metrics later than `step` and samples later than `samples_step`: they will be written again."""
+        for name, last in (("metrics", step), ("samples", samples_step)):
             path = self.directory / f"{name}.jsonl"
             if path.exists():
-                rows = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-                write_text(path, "".join(line + "\n" for line in rows))
+                rows = [line for line in path.read_bytes().split(b"\n") if _step_of(line) <= last]
+                write_text(path, "".join(line.decode() + "\n" for line in rows))
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The rows of `<name>.jsonl`; none if there is no such file."""
         path = self.directory / f"{name}.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        return [row for _, row in read_jsonl(path)] if path.exists() else []
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):  # a line cut short by a crash
         return float("inf")
 
 
-def _differing_keys(saved: str, new: str) -> str | None:
-    """What differs between two configurations, in words; None if nothing does."""
-    old_lines, new_lines = set(saved.splitlines()), set(new.splitlines())
-    if old_lines == new_lines:
-        return None
-    return "; ".join([f"it has {line}" for line in sorted(old_lines - new_lines)][:3]) or "it lacks " + "; ".join(
-        sorted(new_lines - old_lines)[:3]
-    )
+def _differing_keys(saved: Path, config_toml: str) -> str:
+    """What differs between the saved configuration and another, in words; "" if nothing does."""
+    try:
+        old = tomllib.loads(saved.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{saved}: not valid TOML ({error}); choose another --out") from None
+    new = tomllib.loads(config_toml)
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    words = [f"{key} is {_shown(key, old)} there, {_shown(key, new)} here" for key in keys[:3]]
+    return "; ".join(words) + ("; ..." if len(keys) > 3 else "")
+
+
+def _shown(key: str, config: dict[str, Any]) -> str:
+    return repr(config[key]) if key in config else "not set"
 
 
 def environment() -> dict[str, Any]:

@@ -360,7 +360,7 @@ def _class_facts(
     name: str, node: ast.ClassDef, module: str, bound: dict[tuple[str, str], str]
 ) -> Iterator[Fact]:
     init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
-    signature = _signature(init, bound=True) if init else "()"
+    signature = _signature(init, bound=True) if init else ""
     if not _is_private(name):
         yield from _fact(name, "class", signature, node, module)
     for method in statements(node.body):

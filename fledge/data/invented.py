@@ -42,10 +42,12 @@ class ExistingNames:
         for node in statements(body):
             if isinstance(node, ast.ClassDef):
                 self._bases[node.name] |= {ast.unparse(base).rsplit(".", 1)[-1] for base in node.bases}
-                inner = (
-                    n for n in statements(node.body) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))
-                )
-                self._members[node.name] |= {function.name for function in inner}
+                for inner in statements(node.body):
+                    if isinstance(inner, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                        self._members[node.name].add(inner.name)
+                    elif isinstance(inner, (ast.Assign, ast.AnnAssign)):
+                        targets = inner.targets if isinstance(inner, ast.Assign) else [inner.target]
+                        self._members[node.name] |= {t.id for t in targets if isinstance(t, ast.Name)}
                 self._add_classes(node.body)
 
     def __call__(self, name: str) -> bool:

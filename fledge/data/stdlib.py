@@ -429,7 +429,7 @@ def build_corpus(
         )
         for split, names in asked.items()
     }
-    files["names.json"] = _json({"real": splits, "invented": {"sft": invented, "test": unseen}})
+    files["names.json"] = _json({"real": splits, "invented": {"sft": invented, "test": unseen}, "taught": taught})
     files["few_shot.txt"] = "\n".join(
         plain_question(QUESTIONS[i].format(name=name), answer) for i, (name, answer) in enumerate(shown)
     )

@@ -165,7 +165,7 @@ def _summary(config: Config) -> dict[str, Any]:
 def _controls(corpus: Path) -> dict[str, Any]:
     """What the spelling of the names alone gives: the nearest known name's answer, and a classifier of spellings."""
     names = read_json(corpus / "names.json")
-    taught = sorted(read_json(corpus / "answers.json").items())
+    taught = sorted(names["taught"].items())
     test = [row for _, row in read_jsonl(corpus / "eval_test.jsonl")]
     invented = [row["name"] for _, row in read_jsonl(corpus / "eval_invented.jsonl")]
     nearest = nearest_name_baseline(taught, [row["name"] for row in test])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fledge.data.sources import Source, parse_sources, read_documents
@@ -23,8 +24,7 @@ class Config:
     """Learn a byte-level BPE tokenizer from text."""
 
     data: tuple[str, ...]
-    """Text files, `.jsonl` files with "text", or folders of them, as for pretrain: `name=path:weight`;
-    weights do not matter here."""
+    """Text files, `.jsonl` files with "text", or folders of them; `name=path:weight` as for pretrain."""
     vocab_size: int = 8192
     """Tokens in all: 256 bytes, 9 special tokens, and what is learned."""
     out: Path = Path("runs/tokenizer")
@@ -34,39 +34,60 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Read the text once, train, write the directory, and print what came out."""
+    """Measure the sources, train on them, write the directory, and print what came out."""
     sources = parse_sources(config.data)
     if config.overwrite:
         _check_replaceable(config.out)
-    text = TrainingText(sources)
     with new_directory(config.out, config.overwrite) as directory:
         with Console(stderr=True).status("Learning a vocabulary"):
-            tokenizer = train_bpe(text, config.vocab_size)
-        if not text.documents:
-            raise UserError(f"--data {' '.join(config.data)}: no text in it")
+            texts = [SourceText.measure(source) for source in sources]
+            tokenizer = train_bpe(training_text(texts), config.vocab_size)
         tokenizer.save(directory)
-    _print_result(config, text, tokenizer)
+    _print_result(config, texts, tokenizer)
 
 
-@dataclass
-class TrainingText:
-    """The documents of all sources, counted as they pass; a sample of each source is kept."""
+@dataclass(frozen=True)
+class SourceText:
+    """A source, how much is in it, and its first documents."""
 
-    sources: Sequence[Source]
-    documents: int = 0
-    bytes: int = 0
-    samples: dict[str, list[str]] = field(default_factory=dict)
+    source: Source
+    documents: int
+    bytes: int
+    sample: list[str]
 
-    def __iter__(self) -> Iterator[str]:
-        for source in self.sources:
-            sample = self.samples.setdefault(source.name, [])
-            room = SAMPLE_CHARACTERS
-            for document in read_documents(source.path):
-                self.documents += 1
-                self.bytes += len(document.encode("utf-8", "surrogatepass"))
-                if room > 0:
-                    sample.append(document[:room])
-                    room -= len(sample[-1])
+    @classmethod
+    def measure(cls, source: Source) -> SourceText:
+        """Read the source once. Raises UserError if there is no text in it."""
+        documents = size = 0
+        sample: list[str] = []
+        room = SAMPLE_CHARACTERS
+        for document in read_documents(source.path):
+            documents += 1
+            size += len(document.encode())
+            if room > 0:
+                sample.append(document[:room])
+                room -= len(sample[-1])
+        if not size:
+            raise UserError(f"{source.path}: no text in it")
+        return cls(source, documents, size, sample)
+
+
+def training_text(texts: Sequence[SourceText]) -> Iterator[str]:
+    """All documents once; or, with weights, about as much text in which each source has its weight's share.
+
+    BPE counts pairs of tokens, so a source counts more by coming more often, and less by coming in part:
+    documents are then left out evenly.
+    """
+    total_bytes = sum(text.bytes for text in texts)
+    total_weight = sum(text.source.weight or 0.0 for text in texts)
+    for text in texts:
+        weight = text.source.weight
+        wanted_bytes = text.bytes if weight is None else round(weight / total_weight * total_bytes)
+        credit = 0
+        for document in read_documents(text.source.path):
+            credit += wanted_bytes
+            while credit >= text.bytes:
+                credit -= text.bytes
                 yield document
 
 
@@ -81,16 +102,19 @@ def _check_replaceable(out: Path) -> None:
         raise UserError(f"{out}: holds more than a tokenizer ({others[0]}); choose another name for --out")
 
 
-def _print_result(config: Config, text: TrainingText, tokenizer: Tokenizer) -> None:
+def _print_result(config: Config, texts: Sequence[SourceText], tokenizer: Tokenizer) -> None:
     size = f"{tokenizer.vocab_size:,}"
     if tokenizer.vocab_size < config.vocab_size:
         size += f" ({config.vocab_size:,} asked for, but no more pairs of tokens occur twice)"
-    table = Table(title="Tokenizer", show_header=False, title_justify="left")
-    table.add_row("training text", f"{text.documents:,} documents, {text.bytes:,} bytes")
-    table.add_row("vocabulary", size)
-    for name, sample in text.samples.items():
-        tokens = sum(map(len, tokenizer.encode_batch(sample)))
-        ratio = sum(len(document.encode()) for document in sample) / max(tokens, 1)
-        table.add_row(f"bytes per token, {name}", f"{ratio:.2f}")
-    table.add_row("saved in", str(config.out))
-    Console().print(table)
+    table = Table("source")
+    for heading in ("documents", "bytes", "bytes per token"):
+        table.add_column(heading, justify="right")
+    for text in texts:
+        tokens = sum(map(len, tokenizer.encode_batch(text.sample)))
+        ratio = sum(len(document.encode()) for document in text.sample) / tokens
+        table.add_row(escape(text.source.name), f"{text.documents:,}", f"{text.bytes:,}", f"{ratio:.2f}")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"vocabulary: {size}\nsaved in: {config.out}", markup=False, highlight=False, soft_wrap=True
+    )

@@ -7,7 +7,6 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Generator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -85,6 +84,10 @@ class _Progress:
     best_step: int | None = None
     data: dict[str, Any] = field(default_factory=dict)
 
+    def note_validation(self, step: int, validation: float) -> None:
+        if math.isfinite(validation) and (self.best is None or validation < self.best):
+            self.best, self.best_step = validation, step
+
 
 def fit(
     model: CausalLM,
@@ -106,15 +109,18 @@ def fit(
     device = model.model.embed_tokens.weight.device
     if device.type == "cpu":
         keep_freed_memory()
-    progress = _resume(model, optimizers, run, console)
-    plan = _Plan(config, run, progress)
+    progress, evaluated = _resume(model, optimizers, run, console)
+    plan = _Plan(config, run)
     forward: Forward = torch.compile(model, dynamic=False) if config.compile else model
-    cast = torch.autocast(device.type, config.compute_dtype) if config.compute_dtype != torch.float32 else nullcontext()
+    cast = torch.autocast(device.type, config.compute_dtype, enabled=config.compute_dtype != torch.float32)
     generator = steps(progress.step, progress.data)
     metrics: Metrics | None = None
     if evaluate and progress.step == 0:
         run.log("metrics", {"step": 0, "tokens": 0, **plan.timed_evaluation(evaluate, 0)})
     with TrainingProgress(config.label, console) as bar, _Interrupt() as interrupt:
+        if evaluate and not evaluated and plan.save_due(progress.step):  # it ended between a save and its evaluation
+            _evaluated(plan.timed_evaluation(evaluate, progress.step), progress, run, bar, config)
+        run.prune(config.keep_checkpoints, progress.best_step)
         while not plan.done(progress.step):
             started = time.perf_counter()
             try:
@@ -122,7 +128,8 @@ def fit(
             except StopIteration:
                 break
             counts = _denominators(step.batches)
-            set_lr(optimizers, warmup_stable_decay(progress.step, plan.total, config.warmup_steps, config.decay_share))
+            total = plan.total_at(progress.step)
+            set_lr(optimizers, warmup_stable_decay(progress.step, total, config.warmup_steps, config.decay_share))
             if counts["tokens"]:
                 with cast:
                     metrics = _accumulate(forward, step.batches, loss_fn, counts, device)
@@ -142,6 +149,7 @@ def fit(
                                 **metrics, "lr": optimizers[0].param_groups[0]["lr"], "tokens_per_second": rate})  # fmt: skip
             bar.show(progress.step, plan.total, progress.mean_loss or 0.0, rate, plan.seconds_left(progress.step))
             if step.may_save and (plan.save_due(progress.step) or interrupt.requested):
+                _stop_if_damaged(model, progress, run)
                 _save(model, optimizers, run, progress, write_model)  # before anything that could fail
                 if interrupt.requested:
                     bar.note(f"interrupted: step {progress.step:,} is saved; run the same command again to go on")
@@ -187,10 +195,9 @@ def _accumulate(
 
 
 def _stop_if_diverged(metrics: Metrics, progress: _Progress, config: FitConfig, run: Run) -> None:
-    """Called before the weights are touched, so the last checkpoint and the model are still good."""
+    """Called before the weights are touched, so nothing of it reaches a checkpoint."""
     step, loss = progress.step + 1, metrics["loss"]
-    saved = run.checkpoints()
-    good = f"the last good checkpoint is {saved[-1].path}" if saved else "no checkpoint was saved yet"
+    good = _last_good(run, step - 2)  # a checkpoint of the step before holds the very weights that failed
     if not all(math.isfinite(value) for value in metrics.values()):
         bad = next(name for name, value in metrics.items() if not math.isfinite(value))
         raise Diverged(f"step {step}: {bad} is {metrics[bad]}; {good}; try a lower learning rate")
@@ -200,6 +207,20 @@ def _stop_if_diverged(metrics: Metrics, progress: _Progress, config: FitConfig, 
             f"step {step}: the loss jumped to {loss:.3f} from a running mean of {mean:.3f}; {good}; "
             "try a lower learning rate, or allow it with --max-spike"
         )
+
+
+def _stop_if_damaged(model: CausalLM, progress: _Progress, run: Run) -> None:
+    """Called before a save: an update may itself overflow, behind a loss that was fine."""
+    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        good = _last_good(run, progress.step - 1)
+        raise Diverged(f"step {progress.step}: the update made weights that are no numbers; {good}; "
+                       "try a lower learning rate")  # fmt: skip
+
+
+def _last_good(run: Run, step: int) -> str:
+    """Names the last checkpoint that a later step, or the end of `step`, has shown to be good."""
+    saved = [checkpoint for checkpoint in run.checkpoints() if checkpoint.step <= step]
+    return f"the last good checkpoint is {saved[-1].path}" if saved else "no good checkpoint was saved yet"
 
 
 def _advance(progress: _Progress, metrics: Metrics, tokens: int, elapsed: float, step: Step) -> None:
@@ -219,9 +240,7 @@ def _evaluated(
     validation = figures.get("validation")
     if validation is not None:
         bar.note(f"step {progress.step:,}: validation {validation:.4f} {config.validation_unit}")
-        if progress.best is None or validation < progress.best:
-            progress.best, progress.best_step = validation, progress.step
-            write_json(run.directory / "best.json", {"step": progress.step, "validation": validation})
+        progress.note_validation(progress.step, validation)
 
 
 def _save(
@@ -238,24 +257,31 @@ def _save(
     return run.save_checkpoint(progress.step, write, vars(progress))
 
 
-def _resume(model: CausalLM, optimizers: list[Optimizer], run: Run, console: Console) -> _Progress:
+def _resume(
+    model: CausalLM, optimizers: list[Optimizer], run: Run, console: Console
+) -> tuple[_Progress, bool]:
+    """Go back to the last checkpoint; returns where that is, and whether it was evaluated."""
     saved = run.checkpoints()
     if not saved:
-        run.rewind(-1)
-        return _Progress()
+        run.rewind(-1, -1)
+        return _Progress(), True
     last = saved[-1]
     progress = _Progress(**last.state)
-    best = run.directory / "best.json"  # written after the checkpoint's own evaluation
-    if best.exists() and (found := read_json(best))["step"] <= progress.step:
-        progress.best, progress.best_step = found["validation"], found["step"]
     weights = read_weights(last.path)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
     load_optimizer_tensors(optimizers, load_file(last.path / "optimizer.safetensors"))
-    run.rewind(progress.step)
-    console.print(f"going on from step {progress.step:,} ({last.path})", highlight=False)
-    return progress
+    run.rewind(progress.step, progress.step)
+    evaluations = [row for row in run.rows("metrics") if "lr" not in row and row["step"] > 0]
+    for row in evaluations:  # the checkpoint was saved before its own evaluation
+        progress.note_validation(row["step"], row.get("validation", math.nan))
+    evaluated = any(row["step"] == progress.step for row in evaluations)
+    if not evaluated:
+        run.rewind(progress.step, progress.step - 1)
+    text = f"going on from step {progress.step:,} ({last.path})"
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    return progress, evaluated
 
 
 class _Plan:
@@ -263,15 +289,20 @@ class _Plan:
 
     CALIBRATE_SECONDS = 45.0  # or 15% of the budget, whichever is sooner
 
-    def __init__(self, config: FitConfig, run: Run, progress: _Progress) -> None:
+    def __init__(self, config: FitConfig, run: Run) -> None:
         self.config, self.path = config, run.directory / "plan.json"
-        self.total = config.total_steps
+        self.total, self.known_from = config.total_steps, 0
         if self.total is None and self.path.exists():
-            self.total = int(read_json(self.path)["total_steps"])
+            plan = read_json(self.path)
+            self.total, self.known_from = int(plan["total_steps"]), int(plan["known_from_step"])
         self.times: list[float] = []
         self.rates: list[float] = []
         self.evaluation_seconds = 0.0
         self.started = time.perf_counter()
+
+    def total_at(self, step: int) -> int | None:
+        """The number of steps as it was known after `step` steps, also when the run is begun again."""
+        return self.total if step >= self.known_from else None
 
     def done(self, step: int) -> bool:
         return self.total is not None and step >= self.total
@@ -286,7 +317,8 @@ class _Plan:
             if len(self.times) > 5 and spent >= min(self.CALIBRATE_SECONDS, 0.15 * budget):
                 left = budget - spent - self.config.evaluations * self.evaluation_seconds
                 self.total = step + max(1, round(left / statistics.median(self.times[2:])))
-                write_json(self.path, {"total_steps": self.total})
+                self.known_from = step
+                write_json(self.path, {"total_steps": self.total, "known_from_step": step})
         return round(statistics.median(self.rates), 1)
 
     def seconds_left(self, step: int) -> float | None:
@@ -295,11 +327,10 @@ class _Plan:
         return (self.total - step) * statistics.median(self.times[-50:])
 
     def save_due(self, step: int) -> bool:
-        if self.total is None:
+        total, evaluations = self.total_at(step), self.config.evaluations
+        if total is None or step == 0:
             return False
-        if step == self.total:
-            return True
-        return step * self.config.evaluations // self.total > (step - 1) * self.config.evaluations // self.total
+        return step == total or step * evaluations // total > (step - 1) * evaluations // total
 
     def timed_evaluation(self, evaluate: Callable[[int], Metrics], step: int) -> Metrics:
         started = time.perf_counter()

@@ -96,7 +96,7 @@ def test_a_shared_prefix_is_read_once_and_changes_nothing(
     model: CausalLM, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefix = random_prompts(1, 1)[0] * length
-    prompts = [prefix + [200 + i] + rest for i, rest in enumerate(random_prompts(6))]
+    prompts = [[*prefix, 200 + i, *rest] for i, rest in enumerate(random_prompts(6))]
     expected = [by_hand(model, prompt, 5, set()) for prompt in prompts]
     read: list[int] = []
     extend = model.extend

@@ -89,7 +89,8 @@ def test_rows_with_different_settings_share_a_batch() -> None:
 
 
 def test_each_seed_and_row_has_its_own_numbers() -> None:
-    first = [torch.rand((), generator=generator_for(s, r)).item() for s in (-1, 0, 1, 2**70) for r in range(50)]
+    keys = [(seed, row) for seed in (-1, 0, 1, 2**70) for row in range(50)]
+    first = [torch.rand((), generator=generator_for(seed, row)).item() for seed, row in keys]
     assert len(set(first)) == 200
     assert torch.rand((), generator=generator_for(0, 7)).item() == first[57]
 

@@ -33,7 +33,7 @@ FAMILIES = {
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
 }
 CASES = [
-    pytest.param(family, tied, heads, theta, id=f"{family}-{'tied' if tied else 'untied'}-{heads}kv-{theta:g}")
+    pytest.param(family, tied, heads, theta, id=f"{family}-{tied}-{heads}-{theta:g}")
     for family in FAMILIES
     for tied, heads, theta in [(True, 2, 1e4), (False, 4, 5e5), (False, 1, 1e6)]
 ]
@@ -73,7 +73,8 @@ def test_their_model_here(family: str, tied: bool, heads: int, theta: float, tmp
 @torch.no_grad()
 def test_our_model_there(family: str, tied: bool, heads: int, theta: float, tmp_path: Path) -> None:
     shape = {**SHAPE, "num_key_value_heads": heads}
-    ours = CausalLM(ModelConfig(model_type=family, tie_word_embeddings=tied, rope_theta=theta, **shape)).eval()
+    config = ModelConfig(model_type=family, tie_word_embeddings=tied, rope_theta=theta, **shape)
+    ours = CausalLM(config).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in ours.parameters():
         parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.2, generator=generator)

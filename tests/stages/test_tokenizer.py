@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from fledge.cli import main
+from fledge.data.sources import parse_sources
+from fledge.stages.tokenizer import SourceText, training_text
 from fledge.tokenizer.bpe import Tokenizer, train_bpe
 
 TEXT = "The quick brown fox jumps over the lazy dog.\n\nGrüße aus Köln!\n" * 40
@@ -42,21 +44,48 @@ def test_from_text_to_a_tokenizer(
     assert "300" in printed and str(out) in printed
     stripped = TEXT.strip("\n")
     expected = len(stripped.encode()) / len(tokenizer.encode(stripped))
-    (ratio,) = re.findall(r"bytes per token, text\W+([\d.]+)", printed)
+    (ratio,) = re.findall(r"text\W+1\W+[\d,]+\W+([\d.]+)", printed)
     assert float(ratio) == pytest.approx(expected, abs=0.006)
 
 
-def test_files_of_all_kinds_with_names_and_weights(text_file: Path, tmp_path: Path) -> None:
+def test_files_of_all_kinds(text_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "a.md").write_text("zzz zzz")
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"text": "qqq qqq"}) + "\n")
     out = tmp_path / "out"
-    flags = ["--data", f"a={text_file}:0.5", f"b={folder}:0.25", f"c={rows}:0.25", "--out", out]
-    assert run(*flags, "--vocab-size", 400) == 0
+    assert run("--data", f"a={text_file}", folder, rows, "--vocab-size", 400, "--out", out) == 0
     expected = train_bpe([TEXT.strip("\n"), "zzz zzz", "qqq qqq"], 400)
     assert Tokenizer.load(out).fingerprint() == expected.fingerprint()
+
+
+def write_rows(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def test_weights_are_shares_of_the_text(tmp_path: Path) -> None:
+    """By hand: 8 documents of 4 bytes; three quarters are 6 from `a`, with two twice, and 2 from `b`."""
+    a = write_rows(tmp_path / "a.jsonl", ["aaab", "aaac", "aaad", "aaae"])
+    b = write_rows(tmp_path / "b.jsonl", ["xxxy", "xxxz", "xxxv", "xxxw"])
+    out = tmp_path / "out"
+    assert run("--data", f"{a}:3", f"{b}:1", "--vocab-size", 400, "--out", out) == 0
+    by_hand = ["aaab", "aaac", "aaac", "aaad", "aaae", "aaae", "xxxz", "xxxw"]
+    assert Tokenizer.load(out).fingerprint() == train_bpe(by_hand, 400).fingerprint()
+    texts = [SourceText.measure(source) for source in parse_sources((f"{a}:3", f"{b}:1"))]
+    assert list(training_text(texts)) == by_hand
+
+
+def test_a_weighty_source_compresses_better(text_file: Path, tmp_path: Path) -> None:
+    other = write_rows(tmp_path / "other.jsonl", [f"number {n} times {n * n} is {n**3}" for n in range(400)])
+    lengths = []
+    for weights in ("9 1", "1 9"):
+        out = tmp_path / weights.replace(" ", "_")
+        x, y = weights.split()
+        assert run("--data", f"{text_file}:{x}", f"{other}:{y}", "--vocab-size", 290, "--out", out) == 0
+        lengths.append(len(Tokenizer.load(out).encode(TEXT)))
+    assert lengths[0] < lengths[1]
 
 
 def test_a_vocabulary_smaller_than_asked_for_is_said(
@@ -104,7 +133,7 @@ def test_overwriting_takes_nothing_but_a_tokenizer(
         (
             "rows.jsonl",
             b'{"text": "a\\ud800"}\n',
-            "document 1: character 1 is '\\ud800', half of a surrogate",
+            "rows.jsonl:1: '\\ud800' is half of a surrogate",
         ),
     ],
 )

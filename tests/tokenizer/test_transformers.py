@@ -182,3 +182,37 @@ def test_look_alikes_differ(pair: tuple[Tokenizer, Any]) -> None:
     assert ids.count(ours.special_tokens["<|im_end|>"]) == 2
     assert encode_chat(ours, messages).ids.count(ours.special_tokens["<|im_end|>"]) == 1
     assert render_chat(ours, messages) == theirs.decode(ids)
+
+
+def test_what_transformers_saves_comes_back(pair: tuple[Tokenizer, Any], tmp_path: Path) -> None:
+    ours, theirs = pair
+    theirs.save_pretrained(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    messages: list[Any] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "It's <b>"}]
+    assert encode_chat(loaded, messages) == encode_chat(ours, messages)
+    assert (loaded.eos_id, loaded.special_tokens) == (ours.eos_id, ours.special_tokens)
+
+
+def test_a_tokenizer_of_others_keeps_its_ids(pair: tuple[Tokenizer, Any], tmp_path: Path) -> None:
+    """Qwen2's class has a normaliser and its own end tokens; what we load and save again is the same."""
+    model = json.loads(pair[1].backend_tokenizer.to_str())["model"]
+    foreign = transformers.Qwen2Tokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(merge) for merge in model["merges"]],
+        eos_token="<|im_end|>",
+        extra_special_tokens=["<|im_start|>"],
+    )
+    (tmp_path / "foreign").mkdir()
+    foreign.save_pretrained(tmp_path / "foreign")
+    loaded = Tokenizer.load(tmp_path / "foreign")
+    assert loaded.eos_id == loaded.end_of_turn_id == foreign.convert_tokens_to_ids("<|im_end|>")
+    assert loaded.chat_template is None
+    (tmp_path / "again").mkdir()
+    loaded.save(tmp_path / "again")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert type(again) is type(foreign)
+    for text in (*TEXTS, "e\u0301 \u212b"):
+        assert loaded.encode(text) == foreign(text)["input_ids"] == again(text)["input_ids"]
+    text = "<|im_start|>a<|im_end|>"
+    assert loaded.encode_special(text) == foreign(text)["input_ids"] == again(text)["input_ids"]
+    assert loaded.special_ids.isdisjoint(loaded.encode(text))
