@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old one or the new one, never a half; reading JSON with clear errors."""
+"""Writing files so that a crash leaves the old or the new one, never a half; reading with clear errors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def new_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or directory; a directory is renamed first, so that a crash leaves no half under its name."""
+    """Delete a file or directory; a directory is renamed first: a crash leaves no half under its name."""
     if path.is_dir() and not path.is_symlink():
         hidden = path.parent / f".{path.name}.tmp-{os.getpid()}-old"
         shutil.rmtree(hidden, ignore_errors=True)
@@ -100,6 +100,23 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
+def read_text(path: Path) -> str:
+    """Read a UTF-8 file; UserError that names file and line if it cannot be read or is not UTF-8."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}:{line}: not valid UTF-8 (byte {error.start} of the file); convert it, or leave it out"
+        ) from None
+
+
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a JSON Lines file with their line numbers, blank lines left out.
 
@@ -121,12 +138,18 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if b"\\ud" in raw.lower():  # only an escape can hold half of a pair
                     json.dumps(value, ensure_ascii=False).encode()
             except UnicodeDecodeError as error:
-                raise UserError(f"{path}:{number}: not valid UTF-8 (byte {error.start} of the line)") from None
+                raise UserError(
+                    f"{path}:{number}: not valid UTF-8 (byte {error.start} of the line)"
+                ) from None
             except UnicodeEncodeError as error:
                 half = error.object[error.start]
-                raise UserError(f"{path}:{number}: {half!a} is half of a surrogate pair, not a character") from None
+                raise UserError(
+                    f"{path}:{number}: {half!a} is half of a surrogate pair, not a character"
+                ) from None
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}:{number}: not valid JSON ({error})") from None
             if not isinstance(value, dict):
-                raise UserError(f"{path}:{number}: a line must be a JSON object, found {type(value).__name__}")
+                raise UserError(
+                    f"{path}:{number}: a line must be a JSON object, found {type(value).__name__}"
+                )
             yield number, value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import shlex
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
@@ -96,20 +97,21 @@ def _optional_rows(path: Path, *fields: str) -> list[Row] | None:
     for number, row in read_jsonl(path):
         for name in fields:
             if name not in row:
-                raise UserError(f"{path}:{number}: the line has no field {name!r}; let the stage write it again")
+                raise UserError(f"{path}:{number}: the line has no field {name!r}; let the stage rewrite it")
         rows.append(row)
     return rows
 
 
 def _evaluation_seconds(out: Path) -> float | None:
     found = [_optional_json(out / "evaluate" / name / "summary.json") for name in MODELS]
-    return sum(each["seconds"] for each in found) if all(each and "seconds" in each for each in found) else None
+    seconds = [each["seconds"] for each in found if each and "seconds" in each]
+    return sum(seconds) if len(seconds) == len(found) else None
 
 
 def _configs(out: Path) -> dict[str, str]:
     """The settings of each stage as they were saved, by the stage's name."""
     stages = {"pretrain": "base", "sft": "sft"}
-    stages |= {f"evaluate {name}": f"evaluate/{name}" for name in MODELS}
+    stages |= {f"evaluate, {title}": f"evaluate/{name}" for name, title in MODELS.items()}
     paths = {stage: out / folder / "config.toml" for stage, folder in stages.items()}
     return {stage: path.read_text(encoding="utf-8") for stage, path in paths.items() if path.exists()}
 
@@ -160,7 +162,7 @@ def _answers(out: Path) -> dict[str, list[Row]] | None:
         tables[model] = {(row["set"], row["question"]): row for row in rows}
     chosen = {}
     for name, wanted in QUESTIONS_SHOWN.items():
-        asked = [key for key in tables["base-plain"] if key[0] == name and all(key in t for t in tables.values())]
+        asked = [key for key in tables["sft"] if key[0] == name and all(key in t for t in tables.values())]
         count = min(wanted, len(asked))
         keys = [asked[(2 * i + 1) * len(asked) // (2 * count)] for i in range(count)]
         chosen[name] = [
@@ -214,11 +216,12 @@ COLOURS = {
     "line-4": "#8a4fa3",
 }
 MARKERS = ("o", "s", "^", "D")
-CHART_WIDTH = 440  # user units, close to pixels: legible as wide as a phone and in two columns
+CHART_WIDTH = 400  # user units, close to pixels: legible as wide as a phone and in two columns
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text, in the page's font
     "svg.hashsalt": "fledge",  # the same figures give the same bytes
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
     "font.size": 11,
     "text.color": COLOURS["ink"],
     "axes.edgecolor": COLOURS["muted"],
@@ -265,10 +268,12 @@ def _figure(height: float) -> Figure:
 
 
 def _svg(figure: Figure, name: str, description: str) -> Markup:
-    """The figure as an `<svg>` element: no namespaces or metadata, colours as variables, ids unique to `name`."""
+    """The figure as an `<svg>` element with colours as variables and ids that are unique to `name`."""
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+    with warnings.catch_warnings():  # the page's fonts draw the text, not matplotlib's
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     text = file.getvalue()
     view_box = re.search(r'viewBox="[^"]*"', text)
     assert view_box is not None
@@ -296,13 +301,13 @@ def _share_chart(measure: _Measure) -> Markup:
         names.append(str(measure.control_name))
         colours.append("none")
         shares.append(measure.control)
-    figure = _figure(138)
+    figure = _figure(132)
     axes = figure.add_subplot()
     places = range(len(shares))
     edges = [COLOURS["muted"] if colour == "none" else colour for colour in colours]
     axes.barh(places, [s["rate"] for s in shares], height=0.62, color=colours, edgecolor=edges, linewidth=0.9)
     for place, share in zip(places, shares, strict=True):
-        low, high = share.get("low", share["rate"]), share.get("high", share["rate"])
+        low, high = (share[end] if end in share else share["rate"] for end in ("low", "high"))
         axes.plot([low, high], [place, place], color=COLOURS["ink"], linewidth=1.1, solid_capstyle="butt")
         for end in {low, high}:
             axes.plot([end, end], [place - 0.14, place + 0.14], color=COLOURS["ink"], linewidth=1.1)
@@ -327,7 +332,7 @@ def _spoken(share: Row) -> str:
 
 def _curves(out: Path) -> list[_Chart]:
     """Losses, validation and learning rates of the two training stages, as far as they were logged."""
-    base, sft = (_optional_rows(out / run / "metrics.jsonl", "step", "tokens") or [] for run in ("base", "sft"))
+    base, sft = (_optional_rows(out / run / "metrics.jsonl", "tokens") or [] for run in ("base", "sft"))
     charts: list[_Chart | None] = [
         _loss_chart("pretraining", base, "Pretraining: loss", "nats per token of the training text"),
         _validation_chart(base),
@@ -362,6 +367,7 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 def _tokens_axis(axes: Axes) -> None:
     axes.set_xlabel("tokens")
+    axes.locator_params(axis="x", nbins=6)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.margins(x=0.02)
 
@@ -371,7 +377,7 @@ def _loss_chart(name: str, rows: Sequence[Row], title: str, note: str) -> _Chart
     if not losses:
         return None
     mean = running_mean(losses, max(3, len(losses) // 40))
-    figure = _figure(250)
+    figure = _figure(235)
     axes = figure.add_subplot()
     x = thinned(tokens)
     axes.plot(x, thinned(losses), color=COLOURS["model-1"], linewidth=0.8, label="each step")
@@ -381,7 +387,7 @@ def _loss_chart(name: str, rows: Sequence[Row], title: str, note: str) -> _Chart
     if not any(key.startswith("validation/") for row in rows for key in row):
         at, held = _column(rows, "validation")
         if held:
-            axes.plot(at, held, color=COLOURS["line-2"], marker="o", markersize=5, linewidth=1.2, label="held out")
+            axes.plot(at, held, color=COLOURS["line-2"], marker="o", markersize=5, lw=1.2, label="held out")
             said += f" Held out: from {held[0]:.2f} to {held[-1]:.2f}."
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper right")
@@ -393,15 +399,15 @@ def _validation_chart(rows: Sequence[Row]) -> _Chart | None:
     sources = list(dict.fromkeys(key for row in rows for key in row if key.startswith("validation/")))
     if not sources:
         return None
-    figure = _figure(250)
+    figure = _figure(235)
     axes = figure.add_subplot()
     said = []
     lines = [COLOURS[f"line-{number}"] for number in (1, 2, 3, 4)]
     for number, key in enumerate(sources):
         tokens, values = (thinned(column) for column in _column(rows, key))
-        name, place = key.removeprefix("validation/"), number % 4
-        style = dict(color=lines[place], marker=MARKERS[place], markersize=4.5, linewidth=1.5)
-        axes.plot(tokens, values, label=f"{name}, {values[-1]:.2f} at the end", **style)
+        name, place = printable(key.removeprefix("validation/")), number % 4
+        (line,) = axes.plot(tokens, values, color=lines[place], marker=MARKERS[place], markersize=4.5, lw=1.5)
+        line.set_label(f"{name[:24]}, {values[-1]:.2f} at the end")
         said.append(f"{name} from {values[0]:.2f} to {values[-1]:.2f}")
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper right")
@@ -415,7 +421,7 @@ def _rate_chart(stages: Mapping[str, Sequence[Row]]) -> _Chart | None:
     columns = {stage: column for stage, column in columns.items() if column[0]}
     if not columns:
         return None
-    figure = _figure(250)
+    figure = _figure(235)
     for number, (stage, (tokens, rates)) in enumerate(columns.items(), start=1):
         axes = figure.add_subplot(len(columns), 1, number)
         axes.plot(thinned(tokens), thinned(rates), color=COLOURS["model-3"], linewidth=1.5)
@@ -427,7 +433,7 @@ def _rate_chart(stages: Mapping[str, Sequence[Row]]) -> _Chart | None:
             axes.set_xlabel("")
     peaks = "; ".join(f"{stage} up to {max(rates):.3g}" for stage, (_, rates) in columns.items())
     svg = _svg(figure, "learning-rate", f"Line chart, learning rate: {peaks}.")
-    return _Chart("Learning rate", "of the hidden matrices; the other parameters' rate has the same shape", svg)
+    return _Chart("Learning rate", "of the hidden matrices; the other rate has the same shape", svg)
 
 
 # --- the page -------------------------------------------------------------------------------------
@@ -443,6 +449,7 @@ def _environment() -> Environment:
         finalize=printable,
     )
     filters: dict[str, Callable[..., Any]] = {
+        "breakable": breakable,
         "percent": percent,
         "interval": interval,
         "count": count,
@@ -455,11 +462,16 @@ def _environment() -> Environment:
 
 
 def printable(value: Any) -> Any:
-    """Text with what HTML cannot hold (control characters, lone surrogates) made visible."""
+    """Text with what HTML cannot hold (control characters, lone surrogates) written as Python would."""
     if type(value) is not str:  # numbers, and Markup, which is a subclass
         return value
-    shown = re.sub(r"[\x00-\x08\x0b-\x1f]", lambda match: chr(0x2400 + ord(match[0])), value)
-    return re.sub(r"[\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", shown)
+    invisible = r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]"
+    return re.sub(invisible, lambda match: ascii(match[0])[1:-1], value)
+
+
+def breakable(text: str) -> Markup:
+    """Text whose long dotted names may be broken behind dots and underscores, not inside of words."""
+    return Markup(re.sub(r"(?<=\w)[._](?=\w)", r"\g<0><wbr>", str(escape(printable(text)))))
 
 
 def percent(rate: float) -> str:
@@ -486,5 +498,5 @@ def duration(seconds: float) -> str:
     """`9 min 24 s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    parts = [f"{hours} h"] * (hours > 0) + [f"{minutes} min"] * (minutes > 0) + [f"{rest} s"] * (rest > 0 or seconds < 1)
-    return " ".join(parts)
+    parts = [f"{number} {unit}" for number, unit in ((hours, "h"), (minutes, "min"), (rest, "s")) if number]
+    return " ".join(parts) or "0 s"

@@ -15,8 +15,17 @@ from typing import Any
 import torch
 
 from fledge import __version__
+from fledge.config import Dataclass, to_toml
 from fledge.errors import UserError
-from fledge.files import new_directory, read_json, read_jsonl, remove, remove_leftovers, write_json, write_text
+from fledge.files import (
+    new_directory,
+    read_json,
+    read_jsonl,
+    remove,
+    remove_leftovers,
+    write_json,
+    write_text,
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,8 @@ class Checkpoint:
 
 
 class Run:
-    """`config.toml`, `environment.json`, `metrics.jsonl`, `samples.jsonl`, `checkpoints/`, `model/`, `summary.json`."""
+    """`config.toml`, `environment.json`, `metrics.jsonl`, `samples.jsonl`, `checkpoints/`, `model/`,
+    `summary.json`."""
 
     def __init__(self, directory: Path, config_toml: str = "", overwrite: bool = False) -> None:
         self.directory, self.config_toml, self.overwrite = directory, config_toml, overwrite
@@ -51,13 +61,13 @@ class Run:
                 raise UserError(f"{directory}: exists and is not a run directory; choose another --out")
             if not overwrite and (differing := _differing_keys(saved, config_toml)):
                 raise UserError(
-                    f"{directory}: holds a run with another configuration ({differing}); run the same command to "
-                    "resume it, choose another --out, or pass --overwrite to delete it"
+                    f"{directory}: holds a run with another configuration ({differing}); run the same "
+                    "command to resume it, choose another --out, or pass --overwrite to delete it"
                 )
         return cls(directory, config_toml, overwrite and saved.exists())
 
     def begin(self) -> None:
-        """Make the directory, once all that the user gave is known to be good: `overwrite` deletes what it held."""
+        """Make the directory, once all that the user gave is known to be good; `overwrite` empties it."""
         self.directory.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.directory)
         remove_leftovers(self.directory / "checkpoints")
@@ -84,7 +94,9 @@ class Run:
     def checkpoints(self) -> list[Checkpoint]:
         """Complete checkpoints, oldest first."""
         folder = self.directory / "checkpoints"
-        found = [Checkpoint(int(path.name[5:]), path) for path in folder.glob("step_*") if path.name[5:].isdigit()]
+        found = [
+            Checkpoint(int(path.name[5:]), path) for path in folder.glob("step_*") if path.name[5:].isdigit()
+        ]
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def save_checkpoint(self, step: int, write: Callable[[Path], None], state: dict[str, Any]) -> Checkpoint:
@@ -107,7 +119,7 @@ class Run:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def rewind(self, step: int, samples_step: int) -> None:
-        """Drop metrics later than `step` and samples later than `samples_step`: they will be written again."""
+        """Drop metrics later than `step`, samples later than `samples_step`: they will be written again."""
         for name, last in (("metrics", step), ("samples", samples_step)):
             path = self.directory / f"{name}.jsonl"
             if path.exists():
@@ -141,6 +153,21 @@ def _differing_keys(saved: Path, config_toml: str) -> str:
 
 def _shown(key: str, config: dict[str, Any]) -> str:
     return repr(config[key]) if key in config else "not set"
+
+
+def lineage(
+    stage: str, config: Dataclass, parent: Path | None, data: dict[str, str], tokenizer: str, tokens: int
+) -> dict[str, Any]:
+    """Where a model comes from, for `lineage.json`: `data` and `tokenizer` are fingerprints."""
+    return {
+        "stage": stage,
+        "parent": None if parent is None else str(parent),
+        "fledge_version": __version__,
+        "config": tomllib.loads(to_toml(config)),
+        "data": data,
+        "tokenizer": tokenizer,
+        "tokens": tokens,
+    }
 
 
 def environment() -> dict[str, Any]:

@@ -79,21 +79,31 @@ class SamplingParams:
 class TokenGenerator(Protocol):
     """Token ids in; ids, log-probabilities and finish reasons out."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]: ...
+    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
+        """One completion a prompt, in the prompts' order."""
+        ...
 
-    def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[tuple[int, float] | FinishReason]: ...
+    def stream(
+        self, prompt: Sequence[int], params: SamplingParams
+    ) -> Iterator[tuple[int, float] | FinishReason]:
+        """(id, log-probability) as each token is made, then the finish reason."""
+        ...
 
 
 class Scorer(Protocol):
     """Log-probability of every token of given sequences, the first left out."""
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]: ...
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Nats: one list a sequence, one shorter than it."""
+        ...
 
 
 class ModelFiles(Protocol):
     """Anything that writes its part of a model directory (a tokenizer does)."""
 
-    def save(self, directory: Path) -> None: ...
+    def save(self, directory: Path) -> None:
+        """Write the files into an existing directory."""
+        ...
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int, length: int | None = None) -> Tensor:

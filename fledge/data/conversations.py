@@ -28,7 +28,9 @@ class EncodedConversations:
         return sum(map(sum, self.masks))
 
 
-def read_conversations(path: Path, tokenizer: Tokenizer, max_tokens: int, cut_overlong: bool) -> EncodedConversations:
+def read_conversations(
+    path: Path, tokenizer: Tokenizer, max_tokens: int, cut_overlong: bool
+) -> EncodedConversations:
     """Read and encode a JSONL file; conversations of more than `max_tokens` are dropped, or cut at the end.
 
     Raises UserError with file and line for a broken line or message.

@@ -20,15 +20,19 @@ Ints = npt.NDArray[np.int64]
 
 
 def interleave(shares: Sequence[float], rows: int) -> Ints:
-    """Which source each row comes from: at every prefix each source is within one row of its share.
+    """Which source each row comes from: at every prefix each of k sources is within 1 - 1/(2k - 2) rows of
+    its share (Tijdeman 1980, "The chairman assignment problem").
 
-    Every row goes to the source that is furthest behind its share (a low-discrepancy schedule).
+    Of the sources far enough behind their share, the row goes to the one that could wait the shortest.
     """
     weights = np.asarray(shares, dtype=np.float64) / np.sum(shares)
     given = np.zeros(len(weights))
+    slack = 1 / max(2, 2 * len(weights) - 2)
     schedule = np.empty(rows, dtype=np.int64)
     for row in range(rows):
-        source = int(np.argmax(weights * (row + 1) - given))
+        behind = weights * (row + 1) - given
+        patience = np.where(behind >= slack - 1e-9, (1 - slack - behind) / weights, np.inf)
+        source = int(np.argmin(patience))
         given[source] += 1
         schedule[row] = source
     return schedule
@@ -46,7 +50,9 @@ class TokenSource:
     _orders: dict[int, tuple[Ints, Ints]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def from_documents(cls, name: str, documents: Sequence[Sequence[int]], separator: int, seed: int) -> TokenSource:
+    def from_documents(
+        cls, name: str, documents: Sequence[Sequence[int]], separator: int, seed: int
+    ) -> TokenSource:
         """Put the separator before every document and join them."""
         lengths = [len(document) + 1 for document in documents]
         tokens = np.empty(sum(lengths), dtype=np.int32)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from fledge.errors import UserError
-from fledge.files import read_jsonl
+from fledge.files import read_jsonl, read_text
 
-SEPARATOR = "<|endoftext|>"
-PIECE_BYTES = 16_384
+SEPARATOR_LINE = re.compile(r"^<\|endoftext\|>[ \t\r]*$", re.MULTILINE)
+PIECE_CHARACTERS = 16_384
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def parse_source(text: str) -> Source:
         raise UserError(f"--data {text}: no path; write name=path:weight, as in wiki=texts/wiki:0.5")
     if not Path(path).exists():
         raise UserError(f"--data {text}: no such file or folder: {path}")
-    return Source(name or Path(path).stem, Path(path), weight)
+    return Source(name or Path(path).resolve().stem, Path(path), weight)
 
 
 def parse_sources(texts: tuple[str, ...]) -> list[Source]:
@@ -58,15 +59,18 @@ def parse_sources(texts: tuple[str, ...]) -> list[Source]:
             raise UserError(f"--data: two sources are called {name!r}; name them apart: NAME=PATH")
     missing = [source.name for source in sources if source.weight is None]
     if missing and len(missing) < len(sources):
-        raise UserError(f"--data: source {missing[0]!r} has no weight while others do; give all a weight or none")
+        raise UserError(
+            f"--data: source {missing[0]!r} has no weight while others do; give all a weight or none"
+        )
     return sources
 
 
 def read_documents(path: Path) -> Iterator[str]:
     """The documents of a text file, a `.jsonl` file with a "text" field, or a folder of such files (sorted).
 
-    A text file is cut at lines `<|endoftext|>`, and what is longer than 16 KiB at blank or other lines, so
-    that one big file can also be held out in part. Raises UserError with file and line for bad content.
+    A text file is cut at lines `<|endoftext|>`, and what is longer than 16,384 characters at blank or other
+    lines, so that one big file can also be held out in part. Line breaks at a document's borders and
+    documents of white space only are left out. Raises UserError with file and line for bad content.
     """
     if path.is_dir():
         files = [f for f in sorted(path.rglob("*")) if f.is_file() and not _is_hidden(f.relative_to(path))]
@@ -80,40 +84,28 @@ def read_documents(path: Path) -> Iterator[str]:
             if not isinstance(text, str):
                 problem = "has no field" if text is None else "holds no string in the field"
                 raise UserError(f'{path}:{number}: the line {problem} "text"')
-            if text:
+            if text.strip():
                 yield text
     else:
-        yield from _cut(_read_text(path))
+        yield from _cut(read_text(path))
 
 
 def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(
-            f"{path}:{line}: not valid UTF-8 (byte {error.start} of the file); convert it, or leave it out"
-        ) from None
-
-
 def _cut(text: str) -> Iterator[str]:
-    for document in text.split(SEPARATOR):
-        document = document.strip("\n")
-        while len(document) > PIECE_BYTES:
-            end = document.rfind("\n\n", PIECE_BYTES // 2, PIECE_BYTES) + 2
-            end = end if end > 1 else document.rfind("\n", PIECE_BYTES // 2, PIECE_BYTES) + 1 or PIECE_BYTES
-            yield document[:end]
-            document = document[end:]
-        if document.strip():
-            yield document
+    for document in SEPARATOR_LINE.split(text):
+        document = document.strip("\r\n")
+        start = 0
+        while len(document) - start > PIECE_CHARACTERS:
+            half, limit = start + PIECE_CHARACTERS // 2, start + PIECE_CHARACTERS
+            blank, line = document.rfind("\n\n", half, limit), document.rfind("\n", half, limit)
+            end = blank + 2 if blank >= 0 else line + 1 if line >= 0 else limit
+            yield document[start:end]
+            start = end
+        if document[start:].strip():
+            yield document[start:]
 
 
 def held_out(document: str, share: float) -> bool:
@@ -123,10 +115,12 @@ def held_out(document: str, share: float) -> bool:
 
 
 def split_documents(documents: list[str], share: float) -> tuple[list[str], list[str]]:
-    """Training and validation documents. A source too small for the share gives up one document if it has two."""
+    """Training and validation documents; a source too small for the share gives up one, if it has two."""
     validation = [document for document in documents if held_out(document, share)]
     if not validation and share > 0 and len(set(documents)) > 1:
-        chosen = min(set(documents), key=lambda d: hashlib.blake2b(d.encode("utf-8", "surrogatepass")).digest())
+        chosen = min(
+            set(documents), key=lambda d: hashlib.blake2b(d.encode("utf-8", "surrogatepass")).digest()
+        )
         validation = [document for document in documents if document == chosen]
     held = set(validation)
     return [document for document in documents if document not in held], validation

@@ -385,7 +385,8 @@ def build_corpus(
     *,
     questions_per_fact: int = 4,
     plain_questions_per_fact: int = 2,
-    plain_refusal_share: float = 0.05,
+    plain_question_names: float = 0.5,
+    plain_refusal_share: float = 0.1,
     refusal_share: float = 0.25,
     evaluation_names: int = 500,
 ) -> Record:

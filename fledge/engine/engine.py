@@ -158,7 +158,7 @@ class Engine:
             yield batch
 
     def _computing(self) -> contextlib.AbstractContextManager[object]:
-        if self.compute_dtype is None:
+        if self.compute_dtype in (None, torch.float32):  # autocast only lowers
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 

@@ -65,7 +65,7 @@ def apply_top_p(logits_BV: Tensor, p_B: Tensor) -> Tensor:
 
 def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """One token id a row (B,) by inverting softmax's cumulative distribution at `uniform_B` in [0, 1)."""
-    cdf_BV = logits_BV.double().softmax(-1).cumsum(-1)
+    cdf_BV = logits_BV.softmax(-1).cumsum(-1, dtype=torch.float64)
     total_B1 = cdf_BV[:, -1:]
     below = torch.nextafter(total_B1, torch.zeros_like(total_B1))
     # The first id whose cumulative probability exceeds the target always has a probability above zero.

@@ -27,5 +27,7 @@ def bits_per_byte(
         windows += [ids[i : i + window_tokens + 1] for i in range(0, len(ids) - 1, window_tokens)]
     nats = 0.0
     for ids, logps in zip(windows, scorer.score(windows), strict=True):
-        nats -= math.fsum(logp for token, logp in zip(ids[1:], logps, strict=True) if token not in special_ids)
+        nats -= math.fsum(
+            logp for token, logp in zip(ids[1:], logps, strict=True) if token not in special_ids
+        )
     return nats / (math.log(2) * max(1, text_bytes))

@@ -134,9 +134,7 @@ class Session:
         if name in commands:
             commands[name](argument.strip())
         else:
-            note(
-                f"There is no command {name}; /help lists them. A message that starts with / takes two of them."
-            )
+            note(f"There is no command {name}; /help lists them. To send a text that starts with /, use //.")
         return True
 
     def reset(self) -> None:

@@ -19,7 +19,7 @@ from fledge.engine.text import LocalChat, complete_ids, load_engine
 from fledge.errors import UserError
 from fledge.evals.bits import bits_per_byte
 from fledge.evals.facts import Share, is_refusal, token_f1
-from fledge.files import new_directory, read_jsonl, write_json, write_text
+from fledge.files import new_directory, read_jsonl, read_text, write_json, write_text
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.types import SamplingParams
 
@@ -62,6 +62,7 @@ def main(config: Config) -> None:
     """Score, print a table, and write `summary.json` and `answers.jsonl`."""
     if not config.data and not config.questions:
         raise UserError("nothing to measure: give --data texts or --questions files")
+    _check(config)
     if config.out.exists() and not config.overwrite:
         raise UserError(f"{config.out}: exists already; choose another --out or pass --overwrite")
     started = time.perf_counter()
@@ -75,7 +76,9 @@ def main(config: Config) -> None:
         "stage": "evaluate",
         "model": str(config.model),
         "bits_per_byte": bits,
-        "questions": {path.stem: _scores([a for a in answers if a["set"] == path.stem]) for path in config.questions},
+        "questions": {
+            path.stem: _scores([a for a in answers if a["set"] == path.stem]) for path in config.questions
+        },
         "seconds": round(time.perf_counter() - started, 1),
     }
     with new_directory(config.out, overwrite=config.overwrite) as directory:
@@ -84,6 +87,21 @@ def main(config: Config) -> None:
         write_text(directory / "answers.jsonl", rows)
         write_json(directory / "summary.json", summary)
     _print(Console(), summary)
+
+
+def _check(config: Config) -> None:
+    for name in ("max_tokens", "window_tokens", "limit", "batch_size"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if config.held_out is not None and not 0 < config.held_out < 1:
+        raise UserError(f"--held-out {config.held_out}: must be between 0 and 1")
+    stems = [path.stem for path in config.questions]
+    for path in config.questions:
+        if stems.count(path.stem) > 1:
+            raise UserError(
+                f"--questions: two files are called {path.stem!r}; results go by the name, rename one"
+            )
 
 
 def _bits(config: Config, engine: Engine, tokenizer: Tokenizer) -> dict[str, float]:
@@ -97,7 +115,9 @@ def _bits(config: Config, engine: Engine, tokenizer: Tokenizer) -> dict[str, flo
             raise UserError(f"{source.path}: no text to score")
         size = sum(len(text.encode()) for text in documents)
         ids = tokenizer.encode_batch(documents)
-        figures[source.name] = bits_per_byte(engine, ids, size, tokenizer.eos_id, tokenizer.special_ids, window)
+        figures[source.name] = bits_per_byte(
+            engine, ids, size, tokenizer.eos_id, tokenizer.special_ids, window
+        )
     return figures
 
 
@@ -108,10 +128,11 @@ def _answers(config: Config, path: Path, engine: Engine, tokenizer: Tokenizer) -
         chat = LocalChat(engine, tokenizer)
         made = chat.replies([[{"role": "user", "content": line["question"]}] for line in lines], params)
     else:
-        shown = config.few_shot.read_text(encoding="utf-8") + "\n" if config.few_shot else ""
+        shown = read_text(config.few_shot) + "\n" if config.few_shot else ""
         plain = SamplingParams(temperature=0.0, max_tokens=config.max_tokens, stop=("\n",))
         prompts = [
-            [tokenizer.eos_id, *tokenizer.encode(f"{shown}Question: {line['question']}\nAnswer:")] for line in lines
+            [tokenizer.eos_id, *tokenizer.encode(f"{shown}Question: {line['question']}\nAnswer:")]
+            for line in lines
         ]
         made = complete_ids(engine, tokenizer, prompts, plain)
     return [
@@ -134,7 +155,9 @@ def _read_questions(path: Path) -> list[dict[str, Any]]:
         if not isinstance(row.get("question"), str):
             raise UserError(f'{path}:{number}: the line has no field "question" with a text')
         if "answer" not in row or not isinstance(row["answer"], str | None):
-            raise UserError(f'{path}:{number}: the field "answer" must be a text, or null where to refuse is right')
+            raise UserError(
+                f'{path}:{number}: the field "answer" must be a text, or null where to refuse is right'
+            )
         lines.append(row)
     if not lines:
         raise UserError(f"{path}: no questions in it")
@@ -158,7 +181,9 @@ def _print(console: Console, summary: dict[str, Any]) -> None:
             table.add_row(name, f"{figure:.3f}")
         console.print(table)
     if summary["questions"]:
-        table = Table("questions", "asked", "right (95% interval)", "refused (95% interval)", title=summary["model"])
+        table = Table(
+            "questions", "asked", "right (95% interval)", "refused (95% interval)", title=summary["model"]
+        )
         for name, scores in summary["questions"].items():
             cells = [percent(scores["right"]) if scores["right"] else "-", percent(scores["refused"])]
             table.add_row(name, str(scores["refused"]["n"]), *cells)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Generator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from fledge import __version__
 from fledge.config import to_toml
 from fledge.data.conversations import EncodedConversations, read_conversations
 from fledge.data.packing import ConversationRows
@@ -23,11 +21,12 @@ from fledge.errors import UserError
 from fledge.files import new_directory, write_json
 from fledge.model.checkpoint import load_model, save_model
 from fledge.model.transformer import CausalLM
-from fledge.run import Run
+from fledge.run import Run, lineage
 from fledge.tokenizer.bpe import Tokenizer
+from fledge.train.loop import FitConfig, Metrics, fit, row_steps
 from fledge.train.losses import next_token_loss
-from fledge.train.loop import FitConfig, Metrics, Step, fit
 from fledge.train.optim import OptimizerName, make_optimizers
+from fledge.train.progress import say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,69 +88,60 @@ def main(config: Config) -> None:
     console = Console(stderr=True)
     _check(config)
     tokenizer = Tokenizer.load(config.model)
-    if tokenizer.chat_template is None or tokenizer.end_of_turn_id is None:
-        raise UserError(f"{config.model}: its tokenizer has no chat tokens; start from one made by `fledge tokenizer`")
+    end_of_turn = tokenizer.end_of_turn_id
+    if tokenizer.chat_template is None or end_of_turn is None:
+        raise UserError(f"{config.model}: its tokenizer has no chat tokens; use one of `fledge tokenizer`")
     run = Run.open(config.out, to_toml(replace(config, overwrite=False)), config.overwrite)
     if run.finished:
-        console.print(f"{config.out}: finished already; the model is {run.model}", highlight=False)
+        say(console, f"{config.out}: finished already; the model is {run.model}")
         return
     device = pick_device(config.device)
     model = load_model(config.model).to(device)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{config.model}: its tokenizer has ids that the model lacks; the files are of different models"
+        )
     row_tokens = min(config.row_tokens or 512, model.config.max_position_embeddings)
     chats = read_conversations(config.data, tokenizer, row_tokens + 1, config.cut_overlong)
+    fingerprint = hashlib.sha256(config.data.read_bytes()).hexdigest()
     train, validation = _split(chats, config.validation_share)
     rows = ConversationRows(*train, row_tokens, tokenizer.eos_id, config.seed)
     held = ConversationRows(*validation, row_tokens, tokenizer.eos_id, 0) if validation[0] else None
     batch_rows = max(1, config.batch_tokens // row_tokens)
-    micro = max(1, config.micro_batch_tokens // row_tokens)
+    steps = row_steps(rows.rows, batch_rows, max(1, config.micro_batch_tokens // row_tokens))
     fit_config = _fit_config(config, model, rows, batch_rows, device)
+    rates = (config.matrix_lr, config.adam_lr, config.weight_decay)
+    optimizers = make_optimizers(model, config.optimizer, *rates)
+    run.begin()
     _print_plan(console, config, model, chats, len(train[0]), rows, fit_config)
 
-    def steps(first: int, _state: dict[str, Any]) -> Generator[Step, Metrics | None, None]:
-        for step in range(first, 2**62):
-            last = (step + 1) * batch_rows
-            yield Step([rows.rows(r, min(micro, last - r)) for r in range(step * batch_rows, last, micro)])
-
-    def lineage(tokens: int) -> dict[str, Any]:
-        return {
-            "stage": "sft",
-            "parent": str(config.model),
-            "fledge_version": __version__,
-            "config": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()},
-            "data": {config.data.name: hashlib.sha256(config.data.read_bytes()).hexdigest()},
-            "tokenizer": tokenizer.fingerprint(),
-            "tokens": tokens,
-        }
-
-    eos_ids = [tokenizer.end_of_turn_id, tokenizer.eos_id]
-
-    def write_model(directory: Path) -> None:
-        save_model(directory, model, tokenizer, lineage(0), eos_ids)
+    def write_model(directory: Path, tokens: int) -> None:
+        data = {config.data.name: fingerprint}
+        origin = lineage("sft", config, config.model, data, tokenizer.fingerprint(), tokens)
+        save_model(directory, model, tokenizer, origin, [end_of_turn, tokenizer.eos_id])
 
     def evaluate(_step: int) -> Metrics:
         assert held is not None
         return {"validation": validation_loss(model, held, fit_config.compute_dtype)}
 
-    optimizers = make_optimizers(model, config.optimizer, config.matrix_lr, config.adam_lr, config.weight_decay)
-    done = fit(model, optimizers, steps, next_token_loss, fit_config, run, write_model, evaluate if held else None)
+    measure = evaluate if held else None
+    done = fit(model, optimizers, steps, next_token_loss, fit_config, run, write_model, measure)
     with new_directory(run.model, overwrite=True) as directory:
-        save_model(directory, model, tokenizer, lineage(done["tokens"]), eos_ids)
+        write_model(directory, done["tokens"])
     losses = [row["validation"] for row in run.rows("metrics") if "validation" in row]
-    write_json(
-        run.directory / "summary.json",
-        {
-            "stage": "sft",
-            "parameters": model.num_parameters(),
-            **done,
-            "conversations": len(train[0]),
-            "held_out": len(validation[0]),
-            "overlong": chats.overlong,
-            "without_targets": chats.without_targets,
-            "epochs": round(done["steps"] * batch_rows / rows.epoch_rows(0), 3),
-            "validation_nats_per_token": losses[-1] if losses else None,
-        },
-    )
-    console.print(f"the assistant is {run.model}; talk with it: fledge chat --model {run.model}", highlight=False)
+    summary = {
+        "stage": "sft",
+        "parameters": model.num_parameters(),
+        **done,
+        "conversations": len(train[0]),
+        "held_out": len(validation[0]),
+        "overlong": chats.overlong,
+        "without_targets": chats.without_targets,
+        "epochs": round(done["steps"] * batch_rows / rows.epoch_rows(0), 3),
+        "validation_nats_per_token": losses[-1] if losses else None,
+    }
+    write_json(run.directory / "summary.json", summary)
+    say(console, f"the assistant is {run.model}; talk with it: fledge chat --model {run.model}")
 
 
 @torch.no_grad()
@@ -173,13 +163,13 @@ def validation_loss(model: CausalLM, rows: ConversationRows, compute_dtype: torc
 
 
 def _check(config: Config) -> None:
+    if config.seed < 0:
+        raise UserError(f"--seed {config.seed}: must be at least 0")
     if config.epochs <= 0:
         raise UserError(f"--epochs {config.epochs}: must be above 0")
-    if config.minutes is not None and config.minutes <= 0:
-        raise UserError(f"--minutes {config.minutes}: must be above 0")
     if not 0 <= config.validation_share < 1:
         raise UserError(f"--validation-share {config.validation_share}: must be at least 0 and below 1")
-    for name in ("row_tokens", "batch_tokens", "micro_batch_tokens", "evaluations", "keep_checkpoints"):
+    for name in ("row_tokens", "batch_tokens", "micro_batch_tokens"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
@@ -235,8 +225,7 @@ def _print_plan(
         f"{training:,} conversations in {rows.epoch_rows(0):,} rows of {rows.row_tokens} tokens, "
         f"{len(chats.ids) - training:,} held out, {chats.overlong:,} too long ({fate}), "
         f"{chats.without_targets:,} without anything to learn (dropped); {chats.targets:,} target tokens\n"
-        f"{model.num_parameters():,} parameters; {length}; {config.optimizer}, peak rates {config.matrix_lr:.3g} and "
-        f"{config.adam_lr:.3g}; {str(fit_config.compute_dtype).removeprefix('torch.')}, "
-        f"{'compiled' if fit_config.compile else 'eager'}",
+        f"{model.num_parameters():,} parameters; {length}; {config.optimizer}, peak rates "
+        f"{config.matrix_lr:.3g} and {config.adam_lr:.3g}; {fit_config.execution}",
         highlight=False,
     )

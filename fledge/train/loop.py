@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import signal
 import statistics
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from fledge.device import keep_freed_memory
@@ -24,8 +26,8 @@ from fledge.model.checkpoint import read_weights
 from fledge.model.transformer import CausalLM
 from fledge.run import Checkpoint, Run
 from fledge.train.losses import Forward, Term
-from fledge.train.optim import load_optimizer_tensors, optimizer_tensors, set_lr
-from fledge.train.progress import TrainingProgress
+from fledge.train.optim import get_lr, load_optimizer_tensors, optimizer_tensors, set_lr
+from fledge.train.progress import TrainingProgress, say
 from fledge.train.schedule import warmup_stable_decay
 from fledge.types import Batch
 
@@ -44,6 +46,19 @@ class Step:
 
 # (first step, saved state) -> a generator of steps, which is sent each step's metrics.
 Steps = Callable[[int, dict[str, Any]], Generator[Step, Metrics | None, None]]
+
+
+def row_steps(rows: Callable[[int, int], Batch], batch_rows: int, micro_rows: int) -> Steps:
+    """Steps of `batch_rows` rows from the endless sequence that `rows(first, count)` reads, `micro_rows` at
+    once."""
+
+    def steps(first: int, _state: dict[str, Any]) -> Generator[Step, Metrics | None, None]:
+        for step in itertools.count(first):
+            end = (step + 1) * batch_rows
+            spans = range(step * batch_rows, end, micro_rows)
+            yield Step([rows(row, min(micro_rows, end - row)) for row in spans])
+
+    return steps
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,24 @@ class FitConfig:
     compile: bool = False
     validation_unit: str = "bits per byte"
 
+    def __post_init__(self) -> None:
+        """Raises UserError on settings that make no sense, by the names of their flags."""
+        for name, value, good, rule in (
+            ("minutes", self.minutes, self.minutes is None or self.minutes > 0, "above 0"),
+            ("warmup-steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0"),
+            ("decay-share", self.decay_share, 0 <= self.decay_share <= 1, "from 0 to 1"),
+            ("max-spike", self.max_spike, self.max_spike > 0, "above 0"),
+            ("evaluations", self.evaluations, self.evaluations >= 1, "at least 1"),
+            ("keep-checkpoints", self.keep_checkpoints, self.keep_checkpoints >= 1, "at least 1"),
+        ):
+            if not good:
+                raise UserError(f"--{name} {value}: must be {rule}")
+
+    @property
+    def execution(self) -> str:
+        """How it is computed, in words."""
+        return f"{str(self.compute_dtype).removeprefix('torch.')}, {'compiled' if self.compile else 'eager'}"
+
 
 class Diverged(UserError):
     """The loss or a gradient became NaN or jumped."""
@@ -82,11 +115,27 @@ class _Progress:
     mean_loss: float | None = None
     best: float | None = None
     best_step: int | None = None
+    save_due: bool = True
+    """A save and its evaluation are to come: now, or where the generator next allows it."""
     data: dict[str, Any] = field(default_factory=dict)
 
     def note_validation(self, step: int, validation: float) -> None:
-        if math.isfinite(validation) and (self.best is None or validation < self.best):
+        if step and math.isfinite(validation) and (self.best is None or validation < self.best):
             self.best, self.best_step = validation, step
+
+    def row(self) -> Metrics:
+        return {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "steps": self.step,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 1),
+            "tokens_per_second": round(self.tokens / max(self.seconds, 1e-9), 1),
+            "skipped_steps": self.skipped,
+            "loss": self.mean_loss,
+            "best_step": self.best_step,
+        }
 
 
 def fit(
@@ -96,31 +145,25 @@ def fit(
     loss_fn: Callable[[Forward, Batch], dict[str, Term]],
     config: FitConfig,
     run: Run,
-    write_model: Callable[[Path], None],
+    write_model: Callable[[Path, int], None],
     evaluate: Callable[[int], Metrics] | None = None,
 ) -> dict[str, Any]:
     """Train to the end, resuming from the run's last checkpoint if there is one; returns what was done.
 
-    `write_model` writes a model directory, so that every checkpoint is one. `evaluate(step)` returns
+    `write_model(directory, tokens)` makes every checkpoint a model directory. `evaluate(step)` returns
     figures for `metrics.jsonl`; its `validation` decides which checkpoint is the best (lower is better).
     Raises Diverged on NaN or a spike, KeyboardInterrupt after saving on Ctrl-C.
     """
-    console = Console(stderr=True)
     device = model.model.embed_tokens.weight.device
-    if device.type == "cpu":
-        keep_freed_memory()
-    progress, evaluated = _resume(model, optimizers, run, console)
+    keep_freed_memory()
+    progress = _resume(model, optimizers, run, console := Console(stderr=True))
     plan = _Plan(config, run)
     forward: Forward = torch.compile(model, dynamic=False) if config.compile else model
     cast = torch.autocast(device.type, config.compute_dtype, enabled=config.compute_dtype != torch.float32)
     generator = steps(progress.step, progress.data)
     metrics: Metrics | None = None
-    if evaluate and progress.step == 0:
-        run.log("metrics", {"step": 0, "tokens": 0, **plan.timed_evaluation(evaluate, 0)})
     with TrainingProgress(config.label, console) as bar, _Interrupt() as interrupt:
-        if evaluate and not evaluated and plan.save_due(progress.step):  # it ended between a save and its evaluation
-            _evaluated(plan.timed_evaluation(evaluate, progress.step), progress, run, bar, config)
-        run.prune(config.keep_checkpoints, progress.best_step)
+        _settle(evaluate, plan, progress, run, bar)
         while not plan.done(progress.step):
             started = time.perf_counter()
             try:
@@ -128,44 +171,33 @@ def fit(
             except StopIteration:
                 break
             counts = _denominators(step.batches)
-            total = plan.total_at(progress.step)
-            set_lr(optimizers, warmup_stable_decay(progress.step, total, config.warmup_steps, config.decay_share))
+            set_lr(optimizers, plan.lr_fraction(progress.step))
             if counts["tokens"]:
                 with cast:
                     metrics = _accumulate(forward, step.batches, loss_fn, counts, device)
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-                metrics["grad_norm"] = float(norm)
+                metrics["grad_norm"] = float(clip_grad_norm_(model.parameters(), config.max_grad_norm))
                 _stop_if_diverged(metrics, progress, config, run)
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
+                _update(optimizers)
             else:  # nothing to learn from: never NaN, never silent
                 metrics = {"skipped": 1.0}
                 progress.skipped += 1
             elapsed = time.perf_counter() - started
             _advance(progress, metrics, counts["tokens"], elapsed, step)
             rate = plan.observe(progress.step, elapsed, counts["tokens"])
-            run.log("metrics", {"step": progress.step, "tokens": progress.tokens, "seconds": round(progress.seconds, 3),
-                                **metrics, "lr": optimizers[0].param_groups[0]["lr"], "tokens_per_second": rate})  # fmt: skip
-            bar.show(progress.step, plan.total, progress.mean_loss or 0.0, rate, plan.seconds_left(progress.step))
-            if step.may_save and (plan.save_due(progress.step) or interrupt.requested):
+            pace = {"lr": get_lr(optimizers), "tokens_per_second": rate}
+            run.log("metrics", {**progress.row(), **metrics, **pace})
+            bar.show(progress.step, plan.total, progress.mean_loss, rate, plan.seconds_left(progress.step))
+            progress.save_due |= plan.save_due(progress.step)
+            if (step.may_save or plan.done(progress.step)) and (progress.save_due or interrupt.requested):
                 _stop_if_damaged(model, progress, run)
                 _save(model, optimizers, run, progress, write_model)  # before anything that could fail
                 if interrupt.requested:
-                    bar.note(f"interrupted: step {progress.step:,} is saved; run the same command again to go on")
+                    bar.note(
+                        f"interrupted: step {progress.step:,} is saved; run the same command again to go on"
+                    )
                     raise KeyboardInterrupt
-                if evaluate:
-                    _evaluated(plan.timed_evaluation(evaluate, progress.step), progress, run, bar, config)
-                run.prune(config.keep_checkpoints, progress.best_step)
-    return {
-        "steps": progress.step,
-        "tokens": progress.tokens,
-        "seconds": round(progress.seconds, 1),
-        "tokens_per_second": round(progress.tokens / max(progress.seconds, 1e-9), 1),
-        "skipped_steps": progress.skipped,
-        "loss": progress.mean_loss,
-        "best_step": progress.best_step,
-    }
+                _settle(evaluate, plan, progress, run, bar)
+    return progress.summary()
 
 
 def _denominators(batches: list[Batch]) -> dict[str, int]:
@@ -188,38 +220,46 @@ def _accumulate(
     for batch in batches:
         terms = loss_fn(forward, batch.to(device))
         objective = torch.stack([t.weight * t.sum / counts[t.per] for t in terms.values() if t.weight]).sum()
-        objective.backward()
+        objective.backward()  # type: ignore[no-untyped-call]
         for name, term in terms.items():
             sums[name] = sums.get(name, 0.0) + float(term.sum.detach()) / counts[term.per]
     return sums
 
 
+def _update(optimizers: list[Optimizer]) -> None:
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def _stop_if_diverged(metrics: Metrics, progress: _Progress, config: FitConfig, run: Run) -> None:
     """Called before the weights are touched, so nothing of it reaches a checkpoint."""
     step, loss = progress.step + 1, metrics["loss"]
-    good = _last_good(run, step - 2)  # a checkpoint of the step before holds the very weights that failed
     if not all(math.isfinite(value) for value in metrics.values()):
         bad = next(name for name, value in metrics.items() if not math.isfinite(value))
-        raise Diverged(f"step {step}: {bad} is {metrics[bad]}; {good}; try a lower learning rate")
+        raise Diverged(
+            f"step {step}: {bad} is {metrics[bad]}; {_last_good(run, step)}; try a lower learning rate"
+        )
     mean = progress.mean_loss
     if mean is not None and step > config.warmup_steps and loss > mean + config.max_spike:
         raise Diverged(
-            f"step {step}: the loss jumped to {loss:.3f} from a running mean of {mean:.3f}; {good}; "
-            "try a lower learning rate, or allow it with --max-spike"
+            f"step {step}: the loss jumped to {loss:.3f} from a running mean of {mean:.3f}; "
+            f"{_last_good(run, step)}; try a lower learning rate, or allow it with --max-spike"
         )
 
 
 def _stop_if_damaged(model: CausalLM, progress: _Progress, run: Run) -> None:
     """Called before a save: an update may itself overflow, behind a loss that was fine."""
     if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
-        good = _last_good(run, progress.step - 1)
-        raise Diverged(f"step {progress.step}: the update made weights that are no numbers; {good}; "
-                       "try a lower learning rate")  # fmt: skip
+        raise Diverged(
+            f"step {progress.step}: the update made weights that are no numbers; "
+            f"{_last_good(run, progress.step + 1)}; try a lower learning rate"
+        )
 
 
 def _last_good(run: Run, step: int) -> str:
-    """Names the last checkpoint that a later step, or the end of `step`, has shown to be good."""
-    saved = [checkpoint for checkpoint in run.checkpoints() if checkpoint.step <= step]
+    """The last checkpoint whose weights gave a good loss before `step`, which used those of `step` - 1."""
+    saved = [checkpoint for checkpoint in run.checkpoints() if checkpoint.step < step - 1]
     return f"the last good checkpoint is {saved[-1].path}" if saved else "no good checkpoint was saved yet"
 
 
@@ -233,14 +273,23 @@ def _advance(progress: _Progress, metrics: Metrics, tokens: int, elapsed: float,
         progress.mean_loss = metrics["loss"] if mean is None else 0.9 * mean + 0.1 * metrics["loss"]
 
 
-def _evaluated(
-    figures: Metrics, progress: _Progress, run: Run, bar: TrainingProgress, config: FitConfig
+def _settle(
+    evaluate: Callable[[int], Metrics] | None,
+    plan: _Plan,
+    progress: _Progress,
+    run: Run,
+    bar: TrainingProgress,
 ) -> None:
-    run.log("metrics", {"step": progress.step, "tokens": progress.tokens, **figures})
-    validation = figures.get("validation")
-    if validation is not None:
-        bar.note(f"step {progress.step:,}: validation {validation:.4f} {config.validation_unit}")
-        progress.note_validation(progress.step, validation)
+    """What follows a save: its evaluation, if it is due, and the end of older checkpoints."""
+    if evaluate and progress.save_due:
+        figures = plan.timed_evaluation(evaluate, progress.step)
+        run.log("metrics", {"step": progress.step, "tokens": progress.tokens, **figures})
+        validation = figures.get("validation")
+        if validation is not None:
+            bar.note(f"step {progress.step:,}: validation {validation:.4f} {plan.config.validation_unit}")
+            progress.note_validation(progress.step, validation)
+    progress.save_due = False
+    run.prune(plan.config.keep_checkpoints, progress.best_step)
 
 
 def _save(
@@ -248,23 +297,21 @@ def _save(
     optimizers: list[Optimizer],
     run: Run,
     progress: _Progress,
-    write_model: Callable[[Path], None],
+    write_model: Callable[[Path, int], None],
 ) -> Checkpoint:
     def write(directory: Path) -> None:
-        write_model(directory)
+        write_model(directory, progress.tokens)
         save_file(optimizer_tensors(optimizers), directory / "optimizer.safetensors")
 
     return run.save_checkpoint(progress.step, write, vars(progress))
 
 
-def _resume(
-    model: CausalLM, optimizers: list[Optimizer], run: Run, console: Console
-) -> tuple[_Progress, bool]:
-    """Go back to the last checkpoint; returns where that is, and whether it was evaluated."""
+def _resume(model: CausalLM, optimizers: list[Optimizer], run: Run, console: Console) -> _Progress:
+    """Go back to the last checkpoint; what was logged behind it will be logged again."""
     saved = run.checkpoints()
     if not saved:
         run.rewind(-1, -1)
-        return _Progress(), True
+        return _Progress()
     last = saved[-1]
     progress = _Progress(**last.state)
     weights = read_weights(last.path)
@@ -273,15 +320,15 @@ def _resume(
             parameter.copy_(weights[name])
     load_optimizer_tensors(optimizers, load_file(last.path / "optimizer.safetensors"))
     run.rewind(progress.step, progress.step)
-    evaluations = [row for row in run.rows("metrics") if "lr" not in row and row["step"] > 0]
+    evaluations = [row for row in run.rows("metrics") if "lr" not in row]
     for row in evaluations:  # the checkpoint was saved before its own evaluation
         progress.note_validation(row["step"], row.get("validation", math.nan))
-    evaluated = any(row["step"] == progress.step for row in evaluations)
-    if not evaluated:
+    if any(row["step"] == progress.step for row in evaluations):
+        progress.save_due = False
+    else:
         run.rewind(progress.step, progress.step - 1)
-    text = f"going on from step {progress.step:,} ({last.path})"
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-    return progress, evaluated
+    say(console, f"going on from step {progress.step:,} ({last.path})")
+    return progress
 
 
 class _Plan:
@@ -303,6 +350,11 @@ class _Plan:
     def total_at(self, step: int) -> int | None:
         """The number of steps as it was known after `step` steps, also when the run is begun again."""
         return self.total if step >= self.known_from else None
+
+    def lr_fraction(self, step: int) -> float:
+        return warmup_stable_decay(
+            step, self.total_at(step), self.config.warmup_steps, self.config.decay_share
+        )
 
     def done(self, step: int) -> bool:
         return self.total is not None and step >= self.total

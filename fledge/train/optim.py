@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 
+from fledge.errors import UserError
 from fledge.model.transformer import CausalLM
 
 OptimizerName = Literal["muon", "adamw"]
@@ -18,8 +20,14 @@ def make_optimizers(
 ) -> list[Optimizer]:
     """Muon (Jordan et al. 2024) on hidden matrices and AdamW on embeddings, head and norms; or AdamW on all.
 
-    Each group remembers its peak as `peak_lr`; the loop multiplies it by the schedule.
+    Each group remembers its peak as `peak_lr`; the loop multiplies it by the schedule. Raises UserError
+    on a rate that is not above 0 or a negative decay.
     """
+    for flag, rate in (("matrix-lr", matrix_lr), ("adam-lr", adam_lr)):
+        if not 0 < rate < math.inf:
+            raise UserError(f"--{flag} {rate}: must be a number above 0")
+    if not 0 <= weight_decay < math.inf:
+        raise UserError(f"--weight-decay {weight_decay}: must be a number, at least 0")
     matrices = [p for n, p in model.named_parameters() if n.startswith("model.layers.") and p.ndim == 2]
     rest = [p for n, p in model.named_parameters() if not (n.startswith("model.layers.") and p.ndim == 2)]
     if name == "adamw":
@@ -45,6 +53,11 @@ def set_lr(optimizers: list[Optimizer], fraction: float) -> None:
             group["lr"] = group["peak_lr"] * fraction
 
 
+def get_lr(optimizers: list[Optimizer]) -> float:
+    """The learning rate of the first group, which all others follow."""
+    return float(optimizers[0].param_groups[0]["lr"])
+
+
 def optimizer_tensors(optimizers: list[Optimizer]) -> dict[str, Tensor]:
     """All state tensors under the names `<optimizer>.<parameter>.<key>`."""
     return {
@@ -65,4 +78,6 @@ def load_optimizer_tensors(optimizers: list[Optimizer], tensors: dict[str, Tenso
             if int(number) == i:
                 state.setdefault(int(index), {})[key] = value
         with torch.no_grad():
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            optimizer.load_state_dict(
+                {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+            )

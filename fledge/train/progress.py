@@ -17,6 +17,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def say(console: Console, text: str) -> None:
+    """Print a line as it is: paths are neither wrapped nor read as markup."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 class _Figures(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(task.fields.get("figures", ""), style="cyan")
@@ -44,11 +49,17 @@ class TrainingProgress:
             self.bar.stop()
 
     def show(
-        self, step: int, total: int | None, loss: float, tokens_per_second: float, seconds_left: float | None
+        self,
+        step: int,
+        total: int | None,
+        loss: float | None,
+        tokens_per_second: float,
+        seconds_left: float | None,
     ) -> None:
         """Report a finished step."""
         left = "measuring" if seconds_left is None else f"{clock(seconds_left)} left"
-        figures = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {left}"
+        shown = "-" if loss is None else f"{loss:.3f}"
+        figures = f"loss {shown}  {tokens_per_second:,.0f} tokens/s  {left}"
         if self.bar:
             self.bar.update(self.task, completed=step, total=total, figures=figures)
             return
@@ -59,4 +70,4 @@ class TrainingProgress:
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
-        (self.bar.console if self.bar else self.console).print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self.bar.console if self.bar else self.console, text)

@@ -15,7 +15,7 @@ TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `--params` chooses. Learning rates are peaks: of Muon for hidden matrices, of AdamW for the rest."""
+    """What `--params` chooses; the rates are peaks, of Muon for hidden matrices and AdamW for the rest."""
 
     layers: int
     hidden_size: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def warmup_stable_decay(step: int, total: int | None, warmup: int, decay_share: float) -> float:
-    """Rise linearly over `warmup` steps, stay at 1, fall linearly to 0 over the last `decay_share` of `total`.
+    """Rise linearly over `warmup` steps, stay at 1, fall linearly to 0 over the last `decay_share` of all.
 
     `step` counts from 0. `total` None: not known yet, no decay. (Hu et al. 2024, MiniCPM.)
     """

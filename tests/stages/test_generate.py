@@ -94,7 +94,7 @@ def test_prompts_from_stdin_and_file(
     file = tmp_path / "prompt.txt"
     file.write_bytes(b"a file\r\n\r\n")  # its last line break is the editor's, the other one is the prompt's
     stdin(monkeypatch, b"from a pipe\n\n")
-    flags = ["--prompt=-", "--prompt", "x", "--prompt-file", str(file)]
+    flags = ["--prompt", "-", "x", "--prompt-file", str(file)]
     assert run(model, *flags, "--temperature", "0") == 0
     printed = capsys.readouterr()
     assert printed.out == "Ok, yes:é🙂!\n\nOk, yes:é🙂!\n"
@@ -155,7 +155,7 @@ def test_a_model_does_not_control_the_terminal(
     ("flags", "message"),
     [
         ([], "nothing to continue"),
-        (["--prompt=-", "--prompt=-"], "given twice"),
+        (["--prompt", "-", "-"], "given twice"),
         (["--prompt-file", "FOLDER/nothing.txt"], "nothing.txt: cannot read the prompt"),
         (["--prompt-file", "FOLDER"], "cannot read the prompt: Is a directory"),
         (["--prompt-file", "FOLDER/latin.txt"], "latin.txt:2: not valid UTF-8"),
