@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +54,20 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether a path has a temporary name of this module."""
+    return fnmatch(path.name, ".*.tmp-*")
+
+
 def remove_leftovers(directory: Path) -> None:
-    """Delete what a crash left in `directory` under the temporary names of this module."""
-    for leftover in directory.glob(".*.tmp-*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
+    """Delete what a crash left in `directory` under temporary names."""
+    for path in list(directory.iterdir()) if directory.is_dir() else []:
+        if not is_leftover(path):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
         else:
-            leftover.unlink()
+            path.unlink()
 
 
 def _sync(path: Path) -> None:
@@ -88,6 +97,16 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON (see `write_text`)."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sha256(paths: Iterable[Path]) -> str:
+    """The SHA-256 of the contents of files, one behind the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> Any:

@@ -18,6 +18,7 @@ from fledge import __version__
 from fledge.config import Dataclass, to_toml
 from fledge.errors import UserError
 from fledge.files import (
+    is_leftover,
     new_directory,
     read_json,
     read_jsonl,
@@ -56,7 +57,7 @@ class Run:
         Raises UserError if the directory holds something else; with `overwrite` that may be another run.
         """
         saved = directory / "config.toml"
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        if directory.exists() and (not directory.is_dir() or not all(map(is_leftover, directory.iterdir()))):
             if not saved.exists():
                 raise UserError(f"{directory}: exists and is not a run directory; choose another --out")
             if not overwrite and (differing := _differing_keys(saved, config_toml)):
@@ -66,8 +67,21 @@ class Run:
                 )
         return cls(directory, config_toml, overwrite and saved.exists())
 
-    def begin(self) -> None:
-        """Make the directory, once all that the user gave is known to be good; `overwrite` empties it."""
+    def begin(self, inputs: dict[str, str]) -> None:
+        """Make the directory, once all that the user gave is known to be good; `overwrite` empties it.
+
+        `inputs` are fingerprints of what is learned from. Raises UserError if a run that is to go on began
+        with others: the paths of a configuration do not tell.
+        """
+        began = self.directory / "environment.json"
+        if began.exists() and not self.overwrite:
+            old = read_json(began).get("inputs", inputs)
+            changed = [name for name in {**old, **inputs} if old.get(name) != inputs.get(name)]
+            if changed:
+                raise UserError(
+                    f"{self.directory}: {changed[0]} has changed since this run began; choose another --out, "
+                    "or pass --overwrite to delete the run"
+                )
         self.directory.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.directory)
         remove_leftovers(self.directory / "checkpoints")
@@ -78,8 +92,8 @@ class Run:
             self.overwrite = False
         if not saved.exists():
             write_text(saved, self.config_toml)
-        if not (self.directory / "environment.json").exists():
-            write_json(self.directory / "environment.json", environment())
+        if not began.exists():
+            write_json(began, {**environment(), "inputs": inputs})
 
     @property
     def model(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 from pathlib import Path
 
@@ -11,7 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fledge.errors import UserError
-from fledge.files import new_directory, read_json, read_jsonl, read_text, remove, remove_leftovers, write_json, write_text
+from fledge.files import (
+    new_directory,
+    read_json,
+    read_jsonl,
+    read_text,
+    remove,
+    remove_leftovers,
+    sha256,
+    write_json,
+    write_text,
+)
 
 
 def full_disk(*_: object, **__: object) -> None:
@@ -118,6 +129,12 @@ def test_invalid_text_is_named_by_line(tmp_path: Path) -> None:
     path.write_bytes("é\nab\n".encode() + b"c\xffd\n")
     with pytest.raises(UserError, match=r"a\.txt:3: not valid UTF-8 \(byte 7 of the file\)"):
         read_text(path)
+
+
+def test_sha256(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"a" * 3_000_000)
+    (tmp_path / "b").write_bytes(b"bc")
+    assert sha256([tmp_path / "a", tmp_path / "b"]) == hashlib.sha256(b"a" * 3_000_000 + b"bc").hexdigest()
 
 
 def test_remove(tmp_path: Path) -> None:

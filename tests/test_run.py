@@ -11,12 +11,13 @@ import fledge.run
 from fledge.errors import UserError
 from fledge.run import Run
 
+INPUTS = {"the data": "1f", "the model": "2e"}
 CONFIG = 'out = "x"\nseed = 0\ndata = [\n    "a",\n    "b",\n]\n'
 
 
 def begun(directory: Path, config: str = CONFIG) -> Run:
     run = Run.open(directory, config)
-    run.begin()
+    run.begin(INPUTS)
     return run
 
 
@@ -32,9 +33,11 @@ def test_nothing_is_written_before_begin(tmp_path: Path) -> None:
     run = Run.open(tmp_path / "runs" / "x", CONFIG)
     assert not run.finished
     assert list(tmp_path.iterdir()) == []
-    run.begin()
+    run.begin(INPUTS)
     assert (tmp_path / "runs/x/config.toml").read_text() == CONFIG
-    assert {"fledge", "torch", "python", "threads"} <= json.loads((run.directory / "environment.json").read_text()).keys()
+    assert {"fledge", "torch", "python", "threads"} <= json.loads(
+        (run.directory / "environment.json").read_text()
+    ).keys()
 
 
 def test_an_empty_directory_will_do(tmp_path: Path) -> None:
@@ -56,7 +59,10 @@ def test_the_same_configuration_goes_on(tmp_path: Path) -> None:
         (CONFIG.replace("seed = 0", "seed = 1"), "seed is 0 there, 1 here"),
         (CONFIG.replace("seed = 0\n", ""), "seed is 0 there, not set here"),
         (CONFIG + "minutes = 1.5\n", "minutes is not set there, 1.5 here"),
-        ('out = "x"\nseed = 0\ndata = [\n    "b",\n    "a",\n]\n', r"data is \['a', 'b'\] there, \['b', 'a'\] here"),
+        (
+            'out = "x"\nseed = 0\ndata = [\n    "b",\n    "a",\n]\n',
+            r"data is \['a', 'b'\] there, \['b', 'a'\] here",
+        ),
     ],
 )
 @pytest.mark.parametrize("suffix", ["", "/checkpoints/step_000001"])
@@ -73,6 +79,29 @@ def test_another_configuration_is_refused_and_nothing_touched(
     assert "--overwrite" in str(error.value)
     assert "\n" not in str(error.value)
     assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("inputs", "name"),
+    [
+        ({"the data": "1f", "the model": "0"}, "the model"),
+        ({"the data": "1f"}, "the model"),
+        ({**INPUTS, "more": ""}, "more"),
+    ],
+)
+def test_other_inputs_are_refused_and_nothing_touched(
+    inputs: dict[str, str], name: str, tmp_path: Path
+) -> None:
+    """The same paths may hold something else than they did."""
+    begun(tmp_path)
+    (tmp_path / ".model.tmp-1").mkdir()
+    before = listing(tmp_path)
+    with pytest.raises(UserError, match=f"{name} has changed since this run began; .* --overwrite"):
+        Run.open(tmp_path, CONFIG).begin(inputs)
+    assert listing(tmp_path) == before
+    Run.open(tmp_path, CONFIG, overwrite=True).begin(inputs)
+    assert json.loads((tmp_path / "environment.json").read_text())["inputs"] == inputs
+    Run.open(tmp_path, CONFIG).begin(inputs)
 
 
 def test_what_is_no_run_is_refused_even_with_overwrite(tmp_path: Path) -> None:
@@ -102,7 +131,7 @@ def test_overwrite_starts_anew(tmp_path: Path) -> None:
     run = Run.open(tmp_path / "x", other, overwrite=True)
     assert not run.finished
     assert run.checkpoints(), "deleted before all was checked"
-    run.begin()
+    run.begin(INPUTS)
     assert sorted(listing(tmp_path / "x")) == ["config.toml", "environment.json"]
     assert (tmp_path / "x/config.toml").read_text() == other
     finish(run)
@@ -133,14 +162,14 @@ def test_overwriting_may_be_killed_at_any_moment(tmp_path: Path, monkeypatch: py
         with monkeypatch.context() as patched:
             patched.setattr(fledge.run, "remove", remove)
             try:
-                Run.open(directory, CONFIG, overwrite=True).begin()
+                Run.open(directory, CONFIG, overwrite=True).begin(INPUTS)
             except Killed:
                 left = listing(directory)
                 assert left["config.toml"] == CONFIG.encode()
                 assert left.items() <= whole.items()
             else:
                 return
-        Run.open(directory, "seed = 3", overwrite=True).begin()
+        Run.open(directory, "seed = 3", overwrite=True).begin(INPUTS)
         assert sorted(listing(directory)) == ["config.toml", "environment.json"]
     raise AssertionError("never came to its end")
 
@@ -160,7 +189,9 @@ def test_leftovers_of_a_crash_go(tmp_path: Path) -> None:
 def test_checkpoints_hold_tensors_and_state(tmp_path: Path) -> None:
     run = begun(tmp_path)
     for step in (10, 1_000_000, 9):
-        run.save_checkpoint(step, lambda directory: (directory / "w").write_text("weights"), {"best": step / 3})
+        run.save_checkpoint(
+            step, lambda directory: (directory / "w").write_text("weights"), {"best": step / 3}
+        )
     found = run.checkpoints()
     assert [checkpoint.step for checkpoint in found] == [9, 10, 1_000_000]
     assert found[1].path == tmp_path / "checkpoints" / "step_000010"
@@ -183,7 +214,8 @@ def test_a_failed_checkpoint_leaves_the_last_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keep", "best", "left"), [(2, None, [4, 5]), (1, 2, [2, 5]), (3, 4, [3, 4, 5]), (9, None, [1, 2, 3, 4, 5])]
+    ("keep", "best", "left"),
+    [(2, None, [4, 5]), (1, 2, [2, 5]), (3, 4, [3, 4, 5]), (9, None, [1, 2, 3, 4, 5])],
 )
 def test_prune(keep: int, best: int | None, left: list[int], tmp_path: Path) -> None:
     run = begun(tmp_path)

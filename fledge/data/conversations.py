@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fledge.data.sources import read_documents
 from fledge.errors import UserError
 from fledge.files import read_jsonl
 from fledge.tokenizer.bpe import Tokenizer
@@ -43,6 +45,8 @@ def read_conversations(
         if not isinstance(messages, list) or not messages:
             problem = "has no field" if messages is None else "needs a non-empty list in the field"
             raise UserError(f'{path}:{number}: the line {problem} "messages"')
+        if not isinstance(row.get("tools"), list | None):
+            raise UserError(f'{path}:{number}: the field "tools" must be a list')
         try:
             chat = encode_chat(tokenizer, messages, row.get("tools"))
         except UserError as error:
@@ -60,3 +64,20 @@ def read_conversations(
         counts = f"{overlong} too long for {max_tokens} tokens, {without_targets} without an assistant's turn"
         raise UserError(f"{path}: no conversation to learn from ({counts})")
     return EncodedConversations(ids, masks, overlong, without_targets)
+
+
+Encode = Callable[[Sequence[str]], list[list[int]]]
+
+
+def read_texts(path: Path, tokenizer: Tokenizer) -> tuple[list[str], Encode]:
+    """The documents of a text source, and what turns some of them into ids.
+
+    A `.jsonl` file of conversations is a text source too: each is a document in the chat template's form,
+    so that a base model meets the chat tokens; its text is what the template writes, special tokens left out.
+    """
+    if path.suffix != ".jsonl" or not path.is_file() or "messages" not in next(read_jsonl(path), (0, {}))[1]:
+        return list(read_documents(path)), tokenizer.encode_batch
+    chats = read_conversations(path, tokenizer, max_tokens=2**31, cut_overlong=False)
+    texts = [tokenizer.decode(ids, skip_special=True) for ids in chats.ids]
+    ids_of = dict(zip(texts, chats.ids, strict=True))
+    return texts, lambda some: [ids_of[text] for text in some]

@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fledge.data.conversations import read_texts
 from fledge.data.packing import TokenSource
-from fledge.data.sources import Source, read_documents, split_documents
+from fledge.data.sources import Source, split_documents
 from fledge.errors import UserError
 from fledge.tokenizer.bpe import Tokenizer
 
@@ -47,7 +48,7 @@ def read_sources(
 
 
 def _read(source: Source, tokenizer: Tokenizer, validation_share: float, seed: int) -> SourceTexts:
-    documents = list(read_documents(source.path))
+    documents, encode = read_texts(source.path, tokenizer)
     if not documents:
         raise UserError(f"{source.path}: no text in it")
     training, held_out = split_documents(documents, validation_share)
@@ -57,8 +58,7 @@ def _read(source: Source, tokenizer: Tokenizer, validation_share: float, seed: i
             f"(--validation-share {validation_share})"
         )
     held_out = _first_bytes(held_out, VALIDATION_BYTES)
-    encoded = tokenizer.encode_batch(training)
-    packed = TokenSource.from_documents(source.name, encoded, tokenizer.eos_id, seed)
+    packed = TokenSource.from_documents(source.name, encode(training), tokenizer.eos_id, seed)
     digest = hashlib.sha256()
     for text in documents:
         digest.update(hashlib.sha256(text.encode()).digest())
@@ -68,7 +68,7 @@ def _read(source: Source, tokenizer: Tokenizer, validation_share: float, seed: i
         training=packed,
         documents=len(training),
         text_bytes=sum(len(text.encode()) for text in training),
-        held_out=tokenizer.encode_batch(held_out),
+        held_out=encode(held_out),
         held_out_bytes=sum(len(text.encode()) for text in held_out),
         fingerprint=digest.hexdigest(),
     )

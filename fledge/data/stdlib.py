@@ -127,8 +127,9 @@ def _use(fact: Fact) -> str:
 def presentations(fact: Fact) -> list[str]:
     """A dozen ways to write a fact as a short document. Each has the full dotted name.
 
-    The summary stays as it is in all of them but the "Use ... to ..." form; the wording within each
-    form is chosen by a hash of the name.
+    The summary stays as it is in all of them but the "Use ... to ..." form, after a space in some and at
+    the start of a line, where a chat's answer has it, in others: its first token is another one there. The
+    wording within each form is chosen by a hash of the name.
     """
     name, summary, kind = fact.name, fact.summary, fact.kind
     owner, _, last = name.rpartition(".")
@@ -139,21 +140,21 @@ def presentations(fact: Fact) -> list[str]:
             f"Help on {kind} {name}:\n\n{_call(fact)}\n    {summary}\n",
             f"NAME\n    {name}\n\nDESCRIPTION\n    {summary}\n",
         ),
-        "index": (f"{name} -- {summary}\n", f"- {name}: {summary}\n", f"{name:<40} {summary}\n"),
+        "index": (f"{name} -- {summary}\n", f"- {name}: {summary}\n", f"{name}\n{summary}\n"),
         "prose": (
             f"The {kind} {name} is documented in one line. {summary}\n",
-            f"About the {kind} {name}, the documentation says: {summary}\n",
-            f"The standard library has a {kind} called {name}. {summary}\n",
+            f"About the {kind} {name}, the documentation says:\n{summary}\n",
+            f"The standard library has a {kind} called {name}.\n\n{summary}\n",
         ),
         "tutorial": (
             f"Let us look at {name}. {summary}\n",
             f"When you read code that mentions {name}, remember what it stands for. {summary}\n",
-            f"Today's {kind} is {name}. {summary}\n",
+            f"Today's {kind} is {name}.\n{summary}\n",
         ),
-        "reversed": (
-            f"{summary} That is {name}.\n",
-            f"{summary} ({name})\n",
-            f'"{summary}" is what the documentation says about {name}.\n',
+        "heading": (
+            f"## {name}\n\n{summary}\n",
+            f"{name}\n{'-' * len(name)}\n\n{summary}\n",
+            f"Subject: {name}\n\n{summary}\n",
         ),
         "glossary": (
             f"| {name} | {kind} | {summary} |\n",
@@ -168,7 +169,7 @@ def presentations(fact: Fact) -> list[str]:
         "parts": (
             f"{last} belongs to {owner}; in full, {name}. {summary}\n",
             f"Full name: {name}. Kind: {kind}. Meaning: {summary}\n",
-            f"{name} is a {kind}. {summary}\n",
+            f"{name} is a {kind}.\n{summary}\n",
         ),
     }
     texts = [_pick(options, name, form) for form, options in forms.items()]
@@ -249,14 +250,25 @@ def conversations(
 
 
 def topic_documents() -> list[str]:
-    """The language reference and other topics of `help()`, one document each."""
+    """The language reference and other topics of `help()`, one document each.
+
+    Topics repeat each other's sections; a paragraph of some length is kept where it stands first, so that
+    a held-out topic is not also read in training.
+    """
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
         missing = "this Python lacks pydoc_data.topics: install its complete standard library"
         raise UserError(missing) from error
     texts: Mapping[str, str] = topics
-    return [texts[name].strip() + "\n" for name in sorted(texts)]
+    seen: set[str] = set()
+    documents = []
+    for name in sorted(texts):
+        paragraphs = texts[name].strip().split("\n\n")
+        fresh = [paragraph for paragraph in paragraphs if len(paragraph) <= 40 or paragraph not in seen]
+        seen.update(paragraphs)
+        documents.append("\n\n".join(fresh) + "\n")
+    return [document for document in documents if len(document) > 200]
 
 
 def source_documents(modules: Mapping[str, SourceModule], max_bytes: int = 4096) -> Iterator[str]:
@@ -358,6 +370,14 @@ def _question_texts(
     return texts
 
 
+def _chat_documents(answers: Mapping[str, str], invented: Sequence[str], per_fact: int) -> list[Record]:
+    """Single questions in the chat's form, for pretraining: the base model meets the chat tokens there."""
+    pairs = [(q, answer) for name, answer in answers.items() for q in questions(name)[:per_fact]]
+    pairs += [(q, REFUSAL.format(name=name)) for name in invented for q in questions(name)[:per_fact]]
+    pairs.sort(key=lambda pair: unit_hash("chat", pair[0]))
+    return [{"messages": _single(question, answer)} for question, answer in pairs]
+
+
 def _texts(
     modules: Mapping[str, SourceModule],
     by_split: Mapping[Split, Sequence[Fact]],
@@ -405,7 +425,9 @@ def build_corpus(
     by_split: dict[Split, list[Fact]] = {s: [f for f in facts if splits[f.name] == s] for s in SPLIT_SHARES}
     taught = {fact.name: fact.summary for fact in by_split["sft"]}
     exists = ExistingNames(modules)
-    invented = invented_names(by_split["sft"], exists, len(taught), seed)
+    # Each invented name is asked about once: a model that remembers them one by one learns nothing from them.
+    refused = round(questions_per_fact * len(taught) * refusal_share / (1 - refusal_share))
+    invented = invented_names(by_split["sft"], exists, max(len(taught), refused), seed)
     unseen = invented_names(
         by_split["test"], exists, min(evaluation_names, len(taught)), seed + 1, apart_from=invented
     )
@@ -416,13 +438,18 @@ def build_corpus(
         "invented": dict.fromkeys(unseen),
         "preference": {fact.name: fact.summary for fact in by_split["preference"]},
     }
-    refusals = round(plain_refusal_share * plain_questions_per_fact * len(taught))
-    plain = _question_texts(taught, invented, plain_questions_per_fact, refusals)
+    # The other taught names are, until fine-tuning, known from documents alone, as test names are. Were
+    # all of them asked before, "never asked" would look like "invented" and test names would be refused.
+    asked_early = {n: a for n, a in taught.items() if unit_hash("asked early", n) < plain_question_names}
+    refusals = round(plain_refusal_share * plain_questions_per_fact * len(asked_early))
+    plain = _question_texts(asked_early, invented, plain_questions_per_fact, refusals)
     texts = _texts(modules, by_split, plain, without_test_documents)
     files = {
         f"{source}.jsonl": _jsonl({"text": text} for text in sorted(group, key=lambda t: unit_hash(seed, t)))
         for source, group in texts.items()
     }
+    early_invented = invented[: round(plain_refusal_share * len(asked_early))]
+    files["chats.jsonl"] = _jsonl(_chat_documents(asked_early, early_invented, plain_questions_per_fact))
     files["sft.jsonl"] = _jsonl(conversations(taught, invented, seed, questions_per_fact, refusal_share))
     files |= {
         "preference.jsonl" if split == "preference" else f"eval_{split}.jsonl": _jsonl(

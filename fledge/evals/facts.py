@@ -85,12 +85,39 @@ def nearest_name_baseline(train: Sequence[tuple[str, str]], names: Sequence[str]
 
 
 @dataclass(frozen=True)
-class SpellingControl:
-    """What a classifier of spellings gets: shares, with `accuracy` the mean of the two right shares."""
+class Share:
+    """A proportion with its 95% Wilson interval."""
 
-    refused_invented: float
-    wrongly_refused: float
-    accuracy: float
+    successes: int
+    n: int
+
+    @property
+    def rate(self) -> float:
+        """The proportion; 0 without observations."""
+        return self.successes / self.n if self.n else 0.0
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The Wilson interval."""
+        return wilson_interval(self.successes, self.n)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For summary files."""
+        low, high = self.interval
+        return {"rate": self.rate, "low": low, "high": high, "successes": self.successes, "n": self.n}
+
+
+@dataclass(frozen=True)
+class SpellingControl:
+    """What a classifier of spellings gets; `accuracy` is the mean of its two right shares."""
+
+    refused_invented: Share
+    wrongly_refused: Share
+
+    @property
+    def accuracy(self) -> float:
+        """0.5 is chance."""
+        return (self.refused_invented.rate + 1 - self.wrongly_refused.rate) / 2
 
 
 class NgramNameClassifier:
@@ -117,32 +144,8 @@ class NgramNameClassifier:
 
     def evaluate(self, real: Sequence[str], invented: Sequence[str]) -> SpellingControl:
         """Refusal means log-odds above 0."""
-        refused = sum(self.score(name) > 0 for name in invented) / max(len(invented), 1)
-        wrongly = sum(self.score(name) > 0 for name in real) / max(len(real), 1)
-        return SpellingControl(refused, wrongly, (refused + 1 - wrongly) / 2)
-
-
-@dataclass(frozen=True)
-class Share:
-    """A proportion with its 95% Wilson interval."""
-
-    successes: int
-    n: int
-
-    @property
-    def rate(self) -> float:
-        """The proportion; 0 without observations."""
-        return self.successes / self.n if self.n else 0.0
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The Wilson interval."""
-        return wilson_interval(self.successes, self.n)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For summary files."""
-        low, high = self.interval
-        return {"rate": self.rate, "low": low, "high": high, "successes": self.successes, "n": self.n}
+        refused, wrongly = (Share(sum(self.score(n) > 0 for n in names), len(names)) for names in (invented, real))
+        return SpellingControl(refused, wrongly)
 
 
 @dataclass(frozen=True)

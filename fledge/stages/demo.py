@@ -18,10 +18,11 @@ from fledge.evals.facts import NgramNameClassifier, Share, nearest_name_baseline
 from fledge.files import read_json, read_jsonl, write_json
 from fledge.report import write_demo_report
 
-# Shares of the pretraining mixture: facts to know, questions to be able to use them, and the rest of the text.
-MIXTURE = {"facts": 0.8, "questions": 0.1, "topics": 0.04, "source": 0.06}
+# Shares of the pretraining mixture: facts to know, questions (as text and as chats) about some of them to be
+# able to use them, and the rest of the text.
+MIXTURE = {"facts": 0.78, "questions": 0.05, "chats": 0.09, "topics": 0.04, "source": 0.04}
 QUESTION_SETS = ("eval_seen", "eval_test", "eval_invented")
-VALIDATION_SHARE = 0.01
+VALIDATION_SHARE = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,8 @@ def main(config: Config) -> None:
     _build_corpus(config, corpus, console)
     sources = [f"{name}={corpus / name}.jsonl:{share}" for name, share in MIXTURE.items()]
     if not (out / "tokenizer").is_dir():
-        flags = ["--data", *sources, "--vocab-size", str(config.vocab_size), "--out", str(out / "tokenizer")]
+        texts = [source for source in sources if not source.startswith("chats=")]
+        flags = ["--data", *texts, "--vocab-size", str(config.vocab_size), "--out", str(out / "tokenizer")]
         _run(console, "tokenizer", flags)
     length = ["--tokens", config.tokens] if config.tokens else ["--minutes", str(config.minutes)]
     examples = list(read_jsonl(corpus / "eval_seen.jsonl"))[:2]
@@ -174,6 +176,6 @@ def _controls(corpus: Path) -> dict[str, Any]:
     control = spelling.evaluate([row["name"] for row in test], invented)
     return {
         "nearest_name_test": Share(right, len(test)).as_dict(),
-        "spelling_refuses_invented": control.refused_invented,
-        "spelling_wrongly_refuses_test": control.wrongly_refused,
+        "spelling_refuses_invented": control.refused_invented.as_dict(),
+        "spelling_wrongly_refuses_test": control.wrongly_refused.as_dict(),
     }

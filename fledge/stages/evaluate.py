@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fledge.config import to_toml
-from fledge.data.sources import parse_sources, read_documents, split_documents
+from fledge.data.conversations import read_texts
+from fledge.data.sources import parse_sources, split_documents
 from fledge.device import ComputeName, DeviceName, keep_freed_memory, pick_compute_dtype, pick_device
 from fledge.engine.engine import Engine
 from fledge.engine.text import LocalChat, complete_ids, load_engine
@@ -94,6 +96,8 @@ def _check(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if config.few_shot and config.ask != "plain":
+        raise UserError("--few-shot goes with --ask plain: a chat is asked as it is")
     if config.held_out is not None and not 0 < config.held_out < 1:
         raise UserError(f"--held-out {config.held_out}: must be between 0 and 1")
     stems = [path.stem for path in config.questions]
@@ -108,15 +112,14 @@ def _bits(config: Config, engine: Engine, tokenizer: Tokenizer) -> dict[str, flo
     figures: dict[str, float] = {}
     window = min(config.window_tokens, engine.context - 1)
     for source in parse_sources(config.data) if config.data else []:
-        documents = list(read_documents(source.path))
+        documents, encode = read_texts(source.path, tokenizer)
         if config.held_out is not None:
             documents = split_documents(documents, config.held_out)[1]
         if not documents:
             raise UserError(f"{source.path}: no text to score")
         size = sum(len(text.encode()) for text in documents)
-        ids = tokenizer.encode_batch(documents)
         figures[source.name] = bits_per_byte(
-            engine, ids, size, tokenizer.eos_id, tokenizer.special_ids, window
+            engine, encode(documents), size, tokenizer.eos_id, tokenizer.special_ids, window
         )
     return figures
 
@@ -176,20 +179,19 @@ def _scores(answers: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _print(console: Console, summary: dict[str, Any]) -> None:
     if summary["bits_per_byte"]:
-        table = Table("text", "bits per byte", title=summary["model"])
+        table = Table("text", "bits per byte", title=escape(summary["model"]))
         for name, figure in summary["bits_per_byte"].items():
-            table.add_row(name, f"{figure:.3f}")
+            table.add_row(escape(name), f"{figure:.3f}")
         console.print(table)
     if summary["questions"]:
-        table = Table(
-            "questions", "asked", "right (95% interval)", "refused (95% interval)", title=summary["model"]
-        )
+        columns = ("questions", "asked", "right (95% interval)", "refused (95% interval)")
+        table = Table(*columns, title=escape(summary["model"]))
         for name, scores in summary["questions"].items():
             cells = [percent(scores["right"]) if scores["right"] else "-", percent(scores["refused"])]
-            table.add_row(name, str(scores["refused"]["n"]), *cells)
+            table.add_row(escape(name), str(scores["refused"]["n"]), *cells)
         console.print(table)
 
 
 def percent(share: dict[str, Any]) -> str:
-    """`63.2% (58.9-67.3)`."""
+    """`63.2% (58.9%-67.3%)`."""
     return f"{share['rate']:.1%} ({share['low']:.1%}-{share['high']:.1%})"

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fledge.config import to_toml
@@ -119,21 +120,21 @@ def main(config: Config) -> None:
     fit_config = _fit_config(config, recipe, device)
     rates = (recipe.matrix_lr, recipe.adam_lr, config.weight_decay)
     optimizers = make_optimizers(model, config.optimizer, *rates)
-    run.begin()
+    prompts = _encode_prompts(config, tokenizer)
+    data = {text.name: text.fingerprint for text in texts}
+    run.begin({"the tokenizer": tokenizer.fingerprint(), **{f"source {name!r}": data[name] for name in data}})
     _print_plan(console, config, recipe, model, texts, fit_config)
     rows = recipe.batch_tokens // config.row_tokens
     steps = row_steps(mixture.rows, rows, max(1, config.micro_batch_tokens // config.row_tokens))
 
     def write_model(directory: Path, tokens: int) -> None:
-        data = {text.name: text.fingerprint for text in texts}
         origin = lineage("pretrain", config, None, data, tokenizer.fingerprint(), tokens)
         save_model(directory, model, tokenizer, origin, [tokenizer.eos_id])
 
     def evaluate(step: int) -> Metrics:
         engine = Engine(model, [tokenizer.eos_id], compute_dtype=fit_config.compute_dtype)
         figures = _bits(texts, engine, tokenizer, config.row_tokens)
-        for prompt in config.prompts:
-            ids = [tokenizer.eos_id, *tokenizer.encode(prompt)]
+        for prompt, ids in zip(config.prompts, prompts, strict=True):
             made = engine.generate([ids], SamplingParams(temperature=0.0, max_tokens=48))[0]
             run.log("samples", {"step": step, "prompt": prompt, "text": tokenizer.decode(made.ids)})
         mean = sum(figures[text.name] * text.share for text in texts)
@@ -162,6 +163,14 @@ def _bits(texts: list[SourceTexts], engine: Engine, tokenizer: Tokenizer, window
         t.name: bits_per_byte(engine, t.held_out, t.held_out_bytes, tokenizer.eos_id, special, window)
         for t in texts
     }
+
+
+def _encode_prompts(config: Config, tokenizer: Tokenizer) -> list[list[int]]:
+    prompts = [[tokenizer.eos_id, *tokenizer.encode(prompt)] for prompt in config.prompts]
+    for ids in prompts:
+        if len(ids) > config.context:
+            raise UserError(f"--prompts: one has {len(ids)} tokens, longer than --context {config.context}")
+    return prompts
 
 
 def _check(config: Config) -> None:
@@ -238,7 +247,9 @@ def _print_plan(
         tokens = len(text.training)
         epochs = "?" if planned is None else f"{planned * text.share / tokens:.2f}"
         size = f"{text.text_bytes / 1e6:.2f}"
-        table.add_row(text.name, f"{text.documents:,}", size, f"{tokens:,}", f"{text.share:.1%}", epochs)
+        table.add_row(
+            escape(text.name), f"{text.documents:,}", size, f"{tokens:,}", f"{text.share:.1%}", epochs
+        )
     console.print(table)
     length = (
         f"{config.minutes} minutes"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from fledge.data.packing import ConversationRows
 from fledge.data.sources import held_out
 from fledge.device import ComputeName, DeviceName, can_compile, pick_compute_dtype, pick_device
 from fledge.errors import UserError
-from fledge.files import new_directory, write_json
+from fledge.files import new_directory, sha256, write_json
 from fledge.model.checkpoint import load_model, save_model
 from fledge.model.transformer import CausalLM
 from fledge.run import Run, lineage
@@ -103,7 +102,7 @@ def main(config: Config) -> None:
         )
     row_tokens = min(config.row_tokens or 512, model.config.max_position_embeddings)
     chats = read_conversations(config.data, tokenizer, row_tokens + 1, config.cut_overlong)
-    fingerprint = hashlib.sha256(config.data.read_bytes()).hexdigest()
+    fingerprint = sha256([config.data])
     train, validation = _split(chats, config.validation_share)
     rows = ConversationRows(*train, row_tokens, tokenizer.eos_id, config.seed)
     held = ConversationRows(*validation, row_tokens, tokenizer.eos_id, 0) if validation[0] else None
@@ -112,7 +111,7 @@ def main(config: Config) -> None:
     fit_config = _fit_config(config, model, rows, batch_rows, device)
     rates = (config.matrix_lr, config.adam_lr, config.weight_decay)
     optimizers = make_optimizers(model, config.optimizer, *rates)
-    run.begin()
+    run.begin({"the model": sha256(sorted(config.model.glob("*.safetensors"))), "the data": fingerprint})
     _print_plan(console, config, model, chats, len(train[0]), rows, fit_config)
 
     def write_model(directory: Path, tokens: int) -> None:

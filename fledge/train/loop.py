@@ -362,7 +362,7 @@ class _Plan:
     def observe(self, step: int, elapsed: float, tokens: int) -> float:
         """Take note of a step's time; returns the recent tokens per second."""
         self.times.append(elapsed)
-        self.rates = [*self.rates[-19:], tokens / elapsed]
+        self.rates = [*self.rates[-19:], tokens / max(elapsed, 1e-9)]
         if self.total is None and self.config.minutes is not None:
             budget = 60 * self.config.minutes
             spent = time.perf_counter() - self.started

@@ -31,9 +31,10 @@ class Recipe:
 def parse_count(text: str, what: str) -> int:
     """`10M`, `1.5B`, `300k` or `5000000` as a number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMbB]?)", text.strip())
-    if not match or float(match[1]) == 0:
+    count = round(float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[2].lower()]) if match else 0
+    if count < 1:
         raise UserError(f"--{what} {text}: write a positive number, as in 10M, 1.5B or 300k")
-    return round(float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[2].lower()])
+    return count
 
 
 def intermediate_size_for(hidden_size: int) -> int:

@@ -17,9 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-import fledge.files
 import fledge.model.checkpoint
-import fledge.run
 import fledge.train.loop
 from fledge.errors import UserError
 from fledge.model.checkpoint import save_model
@@ -80,10 +78,17 @@ class Training:
         self.run = Run.open(self.directory, "seed = 0\n")
 
     def fit(self) -> dict[str, Any]:
-        self.run.begin()
+        self.run.begin({})
         optimizers = make_optimizers(self.model, "muon", self.lr, self.lr, 0.0)
         return fit(
-            self.model, optimizers, self.steps, self.loss_fn, self.config, self.run, self.write_model, self.evaluate
+            self.model,
+            optimizers,
+            self.steps,
+            self.loss_fn,
+            self.config,
+            self.run,
+            self.write_model,
+            self.evaluate,
         )
 
     def write_model(self, directory: Path, tokens: int) -> None:
@@ -138,7 +143,7 @@ def test_micro_batches_add_up_to_the_big_batch(micro_rows: int, tmp_path: Path) 
     descent = torch.optim.SGD(model.parameters(), lr=1.0)  # one step's change is the gradient
     descent.param_groups[0]["peak_lr"] = 1.0
     run = Run.open(tmp_path, "")
-    run.begin()
+    run.begin({})
     config = FitConfig(label="one", total_steps=1, warmup_steps=0, decay_share=1.0, max_grad_norm=math.inf)
     steps = row_steps(random_rows, 8, micro_rows)
     fit(model, [descent], steps, next_token_loss, config, run, lambda directory, tokens: None)
@@ -152,18 +157,28 @@ def test_micro_batches_add_up_to_the_big_batch(micro_rows: int, tmp_path: Path) 
 
 
 def test_gradients_are_clipped_together(tmp_path: Path) -> None:
-    training = Training(tmp_path, config=FitConfig(label="x", total_steps=1, warmup_steps=0, max_grad_norm=0.01))
+    training = Training(
+        tmp_path, config=FitConfig(label="x", total_steps=1, warmup_steps=0, max_grad_norm=0.01)
+    )
     start = training.weights()
     norms: list[float] = []
     optimizers = make_optimizers(training.model, "adamw", 1.0, 1.0, 0.0)
     optimizers[0].register_step_pre_hook(
         lambda *_: norms.append(
-            math.sqrt(sum(float(p.grad.square().sum()) for p in training.model.parameters() if p.grad is not None))
+            math.sqrt(
+                sum(float(p.grad.square().sum()) for p in training.model.parameters() if p.grad is not None)
+            )
         )
     )
-    training.run.begin()
+    training.run.begin({})
     fit(
-        training.model, optimizers, training.steps, next_token_loss, training.config, training.run, training.write_model
+        training.model,
+        optimizers,
+        training.steps,
+        next_token_loss,
+        training.config,
+        training.run,
+        training.write_model,
     )
     assert norms == [pytest.approx(0.01, rel=1e-3)]
     assert training.metrics()[0]["grad_norm"] > 0.1  # as it was before
@@ -187,9 +202,7 @@ def test_a_step_reads_its_rows_once_and_in_order(micro_rows: int) -> None:
 def test_a_step_without_targets_is_skipped_and_counted(tmp_path: Path) -> None:
     def rows(first: int, count: int) -> Batch:
         batch = random_rows(first, count)
-        if first // 4 in (0, 5):  # the first and the sixth step
-            batch.loss_mask[:] = False
-        elif first % 4 == 0:  # a micro-batch alone without targets is nothing special
+        if first // 4 in (0, 5) or first % 4 == 0:  # the first and the sixth step
             batch.loss_mask[:] = False
         return batch
 
@@ -205,7 +218,9 @@ def test_a_step_without_targets_is_skipped_and_counted(tmp_path: Path) -> None:
     weights.append(training.weights())
     assert done["skipped_steps"] == 2
     assert done["steps"] == 12
-    unchanged = [i for i, (before, after) in enumerate(itertools.pairwise(weights), start=1) if before == after]
+    unchanged = [
+        i for i, (before, after) in enumerate(itertools.pairwise(weights), start=1) if before == after
+    ]
     assert unchanged == [1, 6]
     skipped = [row for row in training.metrics() if "skipped" in row]
     assert [row["step"] for row in skipped] == [1, 6]
@@ -236,7 +251,9 @@ def test_terms_without_weight_are_only_reported(tmp_path: Path) -> None:
 
 
 def test_the_schedule_is_followed(tmp_path: Path) -> None:
-    training = Training(tmp_path, lr=0.6, config=FitConfig("x", total_steps=10, warmup_steps=3, decay_share=0.4))
+    training = Training(
+        tmp_path, lr=0.6, config=FitConfig("x", total_steps=10, warmup_steps=3, decay_share=0.4)
+    )
     training.fit()
     rates = [row["lr"] / 0.6 for row in training.metrics()]
     assert rates == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 1, 3 / 4, 2 / 4, 1 / 4])
@@ -268,16 +285,15 @@ def snapshot(directory: Path) -> dict[str, bytes]:
     [(7, "step_000003"), (8, "step_000006"), (4, None)],
 )
 def test_it_stops_at_a_bad_loss(value: float, step: int, good: str | None, tmp_path: Path) -> None:
-    if step == 4 and value == 50.0:
-        pytest.skip("the warmup may jump")
     training = Training(tmp_path, loss_fn=spoiled(step, value))
-    training.config = replace(training.config, warmup_steps=4)
     saves: dict[str, bytes] = {}
     training.steps = on_step(step, lambda: saves.update(snapshot(tmp_path / "checkpoints")))
     with pytest.raises(Diverged) as error:
         training.fit()
     message = str(error.value)
-    assert message.startswith(f"step {step}: the loss jumped to" if value == 50.0 else f"step {step}: loss is {value}")
+    assert message.startswith(
+        f"step {step}: the loss jumped to" if value == 50.0 else f"step {step}: loss is {value}"
+    )
     if good:
         assert message.count("checkpoints") == 1
         assert str(tmp_path / "checkpoints" / good) in message
@@ -304,7 +320,9 @@ def test_it_stops_at_a_bad_gradient(tmp_path: Path) -> None:
     training = Training(tmp_path)
     calls = itertools.count(1)
     training.model.model.norm.weight.register_hook(lambda grad: grad * math.nan if next(calls) == 9 else None)
-    with pytest.raises(Diverged, match=r"step 5: grad_norm is nan; the last good checkpoint is .*step_000003;"):
+    with pytest.raises(
+        Diverged, match=r"step 5: grad_norm is nan; the last good checkpoint is .*step_000003;"
+    ):
         training.fit()
 
 
@@ -321,7 +339,9 @@ def test_damaged_weights_are_never_saved(tmp_path: Path) -> None:
     }
     training.steps = on_step(6, damage)
     training.model.model.norm.weight.requires_grad_(False)
-    with pytest.raises(Diverged, match=r"step 6: the update made .*; the last good checkpoint is .*step_000003;"):
+    with pytest.raises(
+        Diverged, match=r"step 6: the update made .*; the last good checkpoint is .*step_000003;"
+    ):
         training.fit()
     assert training.saved_steps() == [3]
 
@@ -333,7 +353,7 @@ def test_settings_that_make_no_sense_name_their_flag() -> None:
         "keep_checkpoints": 0,
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value}: must be "):
-            replace(good, **{name: value})  # type: ignore[arg-type]
+            replace(good, **{name: value})
 
 
 # What is saved, and when.
@@ -354,7 +374,12 @@ def test_every_checkpoint_is_a_model(tmp_path: Path) -> None:
     last = training.run.checkpoints()[-1]
     saved = load_file(last.path / "model.safetensors")
     assert all(torch.equal(saved[name], p) for name, p in training.model.named_parameters())
-    assert (last.path / "lineage.json").read_text().split() == ["{", '"tokens":', str(last.state["tokens"]), "}"]
+    assert (last.path / "lineage.json").read_text().split() == [
+        "{",
+        '"tokens":',
+        str(last.state["tokens"]),
+        "}",
+    ]
 
 
 def test_a_failing_evaluation_comes_after_the_save(tmp_path: Path) -> None:
@@ -504,7 +529,6 @@ def test_killed_before_any_change_to_the_disk_it_goes_on_as_if_nothing_had_happe
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every moment at which the disk is about to change, one after the other; then the same command again."""
-    monkeypatch.setattr(fledge.files, "_sync", lambda path: None)  # slow, and no power is lost here
 
     def training(directory: Path) -> Training:
         def evaluate(step: int) -> Metrics:
@@ -589,8 +613,9 @@ def test_the_number_of_steps_is_measured_once(
     reference = Training(tmp_path / "a", config=config)
 
     def killed(first: int, state: dict[str, Any]) -> Generator[Step, Metrics | None, None]:
-        for step in itertools.islice(clock.steps(first, state), killed_at):
-            yield step
+        usual = clock.steps(first, state)
+        for _ in range(killed_at):
+            yield next(usual)
         raise Killed
 
     with pytest.raises(Killed):
