@@ -47,6 +47,12 @@ class Batch:
         segments = None if self.segment_ids is None else self.segment_ids.to(device)
         return Batch(self.input_ids.to(device), self.loss_mask.to(device), segments)
 
+    def num_tokens(self) -> int:
+        """How many tokens are read, whether learned from or not; padding is none."""
+        if self.segment_ids is None:
+            return self.input_ids[:, :-1].numel()
+        return int((self.segment_ids[:, :-1] >= 0).sum())
+
     def denominators(self) -> dict[str, int]:
         """What losses are averaged over, known before any forward pass."""
         return {"tokens": int(self.loss_mask[:, 1:].sum()), "sequences": self.input_ids.shape[0]}

@@ -140,15 +140,16 @@ def presentations(fact: Fact) -> list[str]:
             f"Help on {kind} {name}:\n\n{_call(fact)}\n    {summary}\n",
             f"NAME\n    {name}\n\nDESCRIPTION\n    {summary}\n",
         ),
-        "index": (f"{name} -- {summary}\n", f"- {name}: {summary}\n", f"{name}\n{summary}\n"),
+        "index": (f"{name} -- {summary}\n", f"- {name}: {summary}\n", f"{name} => {summary}\n"),
+        "lines": (f"{name}\n{summary}\n", f"{name}:\n{summary}\n", f"[{name}]\n{summary}\n"),
         "prose": (
-            f"The {kind} {name} is documented in one line. {summary}\n",
+            f"The {kind} {name} is documented in one line:\n{summary}\n",
             f"About the {kind} {name}, the documentation says:\n{summary}\n",
             f"The standard library has a {kind} called {name}.\n\n{summary}\n",
         ),
         "tutorial": (
-            f"Let us look at {name}. {summary}\n",
-            f"When you read code that mentions {name}, remember what it stands for. {summary}\n",
+            f"Let us look at {name}.\n{summary}\n",
+            f"When you read code that mentions {name}, remember what it stands for:\n\n{summary}\n",
             f"Today's {kind} is {name}.\n{summary}\n",
         ),
         "heading": (
@@ -164,11 +165,11 @@ def presentations(fact: Fact) -> list[str]:
         "record": (
             json.dumps({"name": name, "kind": kind, "doc": summary}) + "\n",
             f"name: {name}\nkind: {kind}\nsummary: {summary}\n",
-            f"help({name!r})\n# {summary}\n",
+            f">>> print_summary({name!r})\n{summary}\n",
         ),
         "parts": (
-            f"{last} belongs to {owner}; in full, {name}. {summary}\n",
-            f"Full name: {name}. Kind: {kind}. Meaning: {summary}\n",
+            f"{last} belongs to {owner}; in full, {name}.\n{summary}\n",
+            f"Full name: {name}. Kind: {kind}.\n{summary}\n",
             f"{name} is a {kind}.\n{summary}\n",
         ),
     }
@@ -361,19 +362,19 @@ def _few_shot(facts: Sequence[Fact], invented: Sequence[str]) -> list[tuple[str,
 
 
 def _question_texts(
-    answers: Mapping[str, str], invented: Sequence[str], per_fact: int, refusals: int
+    answers: Mapping[str, str], invented: Sequence[str], per_fact: int
 ) -> list[str]:
     texts = [
         plain_question(q, answer) for name, answer in answers.items() for q in questions(name)[-per_fact:]
     ]
-    texts += [plain_question(questions(name)[-1], REFUSAL.format(name=name)) for name in invented[:refusals]]
+    texts += [plain_question(questions(name)[-1], REFUSAL.format(name=name)) for name in invented]
     return texts
 
 
 def _chat_documents(answers: Mapping[str, str], invented: Sequence[str], per_fact: int) -> list[Record]:
     """Single questions in the chat's form, for pretraining: the base model meets the chat tokens there."""
     pairs = [(q, answer) for name, answer in answers.items() for q in questions(name)[:per_fact]]
-    pairs += [(q, REFUSAL.format(name=name)) for name in invented for q in questions(name)[:per_fact]]
+    pairs += [(questions(name)[0], REFUSAL.format(name=name)) for name in invented]
     pairs.sort(key=lambda pair: unit_hash("chat", pair[0]))
     return [{"messages": _single(question, answer)} for question, answer in pairs]
 
@@ -403,11 +404,10 @@ def build_corpus(
     max_facts: int | None = None,
     without_test_documents: bool = False,
     *,
-    questions_per_fact: int = 4,
-    plain_questions_per_fact: int = 2,
-    plain_question_names: float = 0.5,
-    plain_refusal_share: float = 0.1,
-    refusal_share: float = 0.25,
+    questions_per_fact: int = 2,
+    refusal_share: float = 0.4,
+    early_names: float = 0.5,
+    early_questions_per_fact: int = 3,
     evaluation_names: int = 500,
 ) -> Record:
     """Write the corpus into `directory` and return its manifest (also in manifest.json).
@@ -425,9 +425,14 @@ def build_corpus(
     by_split: dict[Split, list[Fact]] = {s: [f for f in facts if splits[f.name] == s] for s in SPLIT_SHARES}
     taught = {fact.name: fact.summary for fact in by_split["sft"]}
     exists = ExistingNames(modules)
-    # Each invented name is asked about once: a model that remembers them one by one learns nothing from them.
-    refused = round(questions_per_fact * len(taught) * refusal_share / (1 - refusal_share))
-    invented = invented_names(by_split["sft"], exists, max(len(taught), refused), seed)
+    # The other taught names are, until fine-tuning, known from documents alone, as test names are. Were
+    # all of them asked before, "never asked" would look like "invented" and test names would be refused.
+    asked_early = {n: a for n, a in taught.items() if unit_hash("asked early", n) < early_names}
+    # An invented name is asked about once in a source: remembering them one by one would teach nothing.
+    refusals = refusal_share / (1 - refusal_share)
+    early = round(early_questions_per_fact * len(asked_early) * refusals)
+    late = round(questions_per_fact * len(taught) * refusals)
+    invented = invented_names(by_split["sft"], exists, early + late, seed)
     unseen = invented_names(
         by_split["test"], exists, min(evaluation_names, len(taught)), seed + 1, apart_from=invented
     )
@@ -438,19 +443,14 @@ def build_corpus(
         "invented": dict.fromkeys(unseen),
         "preference": {fact.name: fact.summary for fact in by_split["preference"]},
     }
-    # The other taught names are, until fine-tuning, known from documents alone, as test names are. Were
-    # all of them asked before, "never asked" would look like "invented" and test names would be refused.
-    asked_early = {n: a for n, a in taught.items() if unit_hash("asked early", n) < plain_question_names}
-    refusals = round(plain_refusal_share * plain_questions_per_fact * len(asked_early))
-    plain = _question_texts(asked_early, invented, plain_questions_per_fact, refusals)
+    plain = _question_texts(asked_early, invented[:early], early_questions_per_fact)
     texts = _texts(modules, by_split, plain, without_test_documents)
     files = {
         f"{source}.jsonl": _jsonl({"text": text} for text in sorted(group, key=lambda t: unit_hash(seed, t)))
         for source, group in texts.items()
     }
-    early_invented = invented[: round(plain_refusal_share * len(asked_early))]
-    files["chats.jsonl"] = _jsonl(_chat_documents(asked_early, early_invented, plain_questions_per_fact))
-    files["sft.jsonl"] = _jsonl(conversations(taught, invented, seed, questions_per_fact, refusal_share))
+    files["chats.jsonl"] = _jsonl(_chat_documents(asked_early, invented[:early], early_questions_per_fact))
+    files["sft.jsonl"] = _jsonl(conversations(taught, invented[early:], seed, questions_per_fact, refusal_share))
     files |= {
         "preference.jsonl" if split == "preference" else f"eval_{split}.jsonl": _jsonl(
             _evaluation(names, split)

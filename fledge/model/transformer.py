@@ -95,7 +95,8 @@ class Attention(nn.Module):
             k_BGTD, v_BGTD = cache.write(self.layer, k_BGTD, v_BGTD, positions_BT)
             k_BGTD, v_BGTD = k_BGTD[:, :, :slots], v_BGTD[:, :, :slots]
         out_BHTD = attend(q_BHTD, k_BGTD.to(q_BHTD.dtype), v_BGTD.to(q_BHTD.dtype), visible)
-        return self.o_proj(out_BHTD.transpose(1, 2).reshape(B, T, -1))
+        out_BTC: Tensor = self.o_proj(out_BHTD.transpose(1, 2).reshape(B, T, -1))
+        return out_BTC
 
 
 class MLP(nn.Module):
@@ -109,7 +110,8 @@ class MLP(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        return self.down_proj(F.silu(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))
+        out_BTC: Tensor = self.down_proj(F.silu(self.gate_proj(x_BTC)) * self.up_proj(x_BTC))
+        return out_BTC
 
 
 class Block(nn.Module):
@@ -125,7 +127,8 @@ class Block(nn.Module):
     def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], visible: Tensor, past: Past | None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), rope, visible, past)
-        return x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
+        out_BTC: Tensor = x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
+        return out_BTC
 
 
 # The cache, the positions of the new tokens, and how many slots are in use after them.

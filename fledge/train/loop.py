@@ -182,8 +182,9 @@ def fit(
                 metrics = {"skipped": 1.0}
                 progress.skipped += 1
             elapsed = time.perf_counter() - started
-            _advance(progress, metrics, counts["tokens"], elapsed, step)
-            rate = plan.observe(progress.step, elapsed, counts["tokens"])
+            tokens = sum(batch.num_tokens() for batch in step.batches)
+            _advance(progress, metrics, tokens, elapsed, step)
+            rate = plan.observe(progress.step, elapsed, tokens)
             pace = {"lr": get_lr(optimizers), "tokens_per_second": rate}
             run.log("metrics", {**progress.row(), **metrics, **pace})
             bar.show(progress.step, plan.total, progress.mean_loss, rate, plan.seconds_left(progress.step))
