@@ -89,25 +89,6 @@ def _stub(fact: Fact) -> str:
     return f"# {fact.name}\ndef {last}({inside}):\n    {docstring}\n"
 
 
-def _import_line(fact: Fact) -> str:
-    last = fact.name.rsplit(".", 1)[-1]
-    if fact.kind == "module":
-        return f"import {fact.name}  # {fact.summary}\n"
-    if fact.kind in ("class", "function"):
-        return f"from {fact.module} import {last}\n\n{fact.name}  # {fact.summary}\n"
-    return f"import {fact.module}\n\n{fact.name}  # {fact.summary}\n"
-
-
-def _session(fact: Fact) -> str:
-    last = fact.name.rsplit(".", 1)[-1]
-    if fact.kind == "module":
-        return (
-            f">>> import {fact.name}\n>>> help({fact.name})\nHelp on module {fact.name}:\n\n{fact.summary}\n"
-        )
-    title = f"Help on {fact.kind} {last} in module {fact.module}:"
-    return f">>> import {fact.module}\n>>> help({fact.name})\n{title}\n\n{_call(fact)}\n    {fact.summary}\n"
-
-
 def _use(fact: Fact) -> str:
     first, _, rest = fact.summary.partition(" ")
     if first.lower() in _VERBS.split() and fact.kind != "module":
@@ -174,8 +155,7 @@ def presentations(fact: Fact) -> list[str]:
         ),
     }
     texts = [_pick(options, name, form) for form, options in forms.items()]
-    texts += [_stub(fact), _import_line(fact), _session(fact), _use(fact)]
-    return texts
+    return [*texts, _stub(fact), _use(fact)]
 
 
 def listings(facts: Sequence[Fact]) -> list[str]:
@@ -361,9 +341,7 @@ def _few_shot(facts: Sequence[Fact], invented: Sequence[str]) -> list[tuple[str,
     return shown
 
 
-def _question_texts(
-    answers: Mapping[str, str], invented: Sequence[str], per_fact: int
-) -> list[str]:
+def _question_texts(answers: Mapping[str, str], invented: Sequence[str], per_fact: int) -> list[str]:
     texts = [
         plain_question(q, answer) for name, answer in answers.items() for q in questions(name)[-per_fact:]
     ]
@@ -405,9 +383,9 @@ def build_corpus(
     without_test_documents: bool = False,
     *,
     questions_per_fact: int = 2,
-    refusal_share: float = 0.4,
+    refusal_share: float = 0.33,
     early_names: float = 0.5,
-    early_questions_per_fact: int = 3,
+    early_questions_per_fact: int = 2,
     evaluation_names: int = 500,
 ) -> Record:
     """Write the corpus into `directory` and return its manifest (also in manifest.json).
@@ -450,14 +428,18 @@ def build_corpus(
         for source, group in texts.items()
     }
     files["chats.jsonl"] = _jsonl(_chat_documents(asked_early, invented[:early], early_questions_per_fact))
-    files["sft.jsonl"] = _jsonl(conversations(taught, invented[early:], seed, questions_per_fact, refusal_share))
+    files["sft.jsonl"] = _jsonl(
+        conversations(taught, invented[early:], seed, questions_per_fact, refusal_share)
+    )
     files |= {
         "preference.jsonl" if split == "preference" else f"eval_{split}.jsonl": _jsonl(
             _evaluation(names, split)
         )
         for split, names in asked.items()
     }
-    files["names.json"] = _json({"real": splits, "invented": {"sft": invented, "test": unseen}, "taught": taught})
+    files["names.json"] = _json(
+        {"real": splits, "invented": {"sft": invented, "test": unseen}, "taught": taught}
+    )
     files["few_shot.txt"] = "\n".join(
         plain_question(QUESTIONS[i].format(name=name), answer) for i, (name, answer) in enumerate(shown)
     )

@@ -144,7 +144,9 @@ class NgramNameClassifier:
 
     def evaluate(self, real: Sequence[str], invented: Sequence[str]) -> SpellingControl:
         """Refusal means log-odds above 0."""
-        refused, wrongly = (Share(sum(self.score(n) > 0 for n in names), len(names)) for names in (invented, real))
+        refused, wrongly = (
+            Share(sum(self.score(n) > 0 for n in names), len(names)) for names in (invented, real)
+        )
         return SpellingControl(refused, wrongly)
 
 

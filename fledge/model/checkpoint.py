@@ -34,7 +34,12 @@ def save_model(
     eos_ids: list[int],
 ) -> None:
     """Write a whole model directory into the existing folder `directory` (see `new_directory`)."""
-    config = {**model.config.to_dict(), "eos_token_id": eos_ids[0], "pad_token_id": None, "bos_token_id": None}
+    config = {
+        **model.config.to_dict(),
+        "eos_token_id": eos_ids[0],
+        "pad_token_id": None,
+        "bos_token_id": None,
+    }
     write_json(directory / "config.json", config)
     save_file(weights_of(model), directory / "model.safetensors", metadata={"format": "pt"})
     generation = {"eos_token_id": eos_ids if len(eos_ids) > 1 else eos_ids[0], "do_sample": False}
@@ -61,9 +66,13 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
         if tuple(weights[name].shape) != shape:
             found = tuple(weights[name].shape)
             raise UserError(f"{directory}: tensor {name} has shape {found}, config.json calls for {shape}")
-    unknown = sorted(name for name in weights if name not in expected and not name.endswith("rotary_emb.inv_freq"))
+    unknown = sorted(
+        name for name in weights if name not in expected and not name.endswith("rotary_emb.inv_freq")
+    )
     if unknown:
-        raise UserError(f"{directory}: the weights hold {unknown[0]}, which a {config.model_type} model does not have")
+        raise UserError(
+            f"{directory}: the weights hold {unknown[0]}, which a {config.model_type} model does not have"
+        )
     model.load_state_dict({name: weights[name] for name in expected}, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -76,7 +85,9 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     files = [directory / "model.safetensors"]
     if index.exists():
         try:
-            files = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            files = [
+                directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            ]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: not a valid shard index ({error!r})") from None
     weights: dict[str, Tensor] = {}

@@ -109,7 +109,8 @@ class ModelConfig:
                 num_hidden_layers=raw["num_hidden_layers"],
                 num_attention_heads=heads,
                 num_key_value_heads=raw.get("num_key_value_heads") or heads,
-                head_dim=raw.get("head_dim") or (128 if model_type == "qwen3" else raw["hidden_size"] // heads),
+                head_dim=raw.get("head_dim")
+                or (128 if model_type == "qwen3" else raw["hidden_size"] // heads),
                 max_position_embeddings=raw["max_position_embeddings"],
                 rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
                 rope_theta=float(theta),

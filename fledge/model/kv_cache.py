@@ -15,7 +15,9 @@ class KVCache:
     """A static cache: slot s of row b holds position s of that row, so rows may have different lengths
     and no padding ever sits inside a sequence. Slots from `lengths_B[b]` on hold nothing that is read."""
 
-    def __init__(self, config: ModelConfig, batch: int, slots: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, batch: int, slots: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         # One slot more, never read: where padding beyond the last position goes.
         shape = (batch, config.num_key_value_heads, slots + 1, config.head_dim)
         layers = range(config.num_hidden_layers)
@@ -28,7 +30,9 @@ class KVCache:
         """How many positions a row can hold."""
         return self.keys[0].shape[2] - 1
 
-    def write(self, layer: int, k_BHTD: Tensor, v_BHTD: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def write(
+        self, layer: int, k_BHTD: Tensor, v_BHTD: Tensor, positions_BT: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Store new keys and values at their positions; returns all of the layer's (B, H, S + 1, D)."""
         rows = torch.arange(positions_BT.shape[0], device=positions_BT.device)[:, None]
         self.keys[layer][rows, :, positions_BT] = k_BHTD.transpose(1, 2).to(self.keys[layer].dtype)
@@ -41,7 +45,9 @@ class KVCache:
 
     def fork(self) -> KVCache:
         """An independent copy."""
-        return self._with([t.clone() for t in self.keys], [t.clone() for t in self.values], self.lengths_B.clone())
+        return self._with(
+            [t.clone() for t in self.keys], [t.clone() for t in self.values], self.lengths_B.clone()
+        )
 
     def truncate(self, lengths_B: Tensor) -> None:
         """Forget everything from the given lengths on."""

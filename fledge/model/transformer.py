@@ -33,7 +33,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension; the result has the input's type."""
         x32 = x.float()
-        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()).to(x.dtype)
+        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()).to(
+            x.dtype
+        )
 
 
 def rotary_angles(config: ModelConfig, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +85,9 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.has_qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.has_qk_norm else nn.Identity()
 
-    def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], visible: Tensor, past: Past | None) -> Tensor:
+    def forward(
+        self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], visible: Tensor, past: Past | None
+    ) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         B, T, _ = x_BTC.shape
         q_BHTD = self.q_norm(self.q_proj(x_BTC).view(B, T, -1, self.head_dim)).transpose(1, 2)
@@ -124,7 +128,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], visible: Tensor, past: Past | None) -> Tensor:
+    def forward(
+        self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], visible: Tensor, past: Past | None
+    ) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), rope, visible, past)
         out_BTC: Tensor = x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
@@ -174,7 +180,9 @@ class CausalLM(nn.Module):
         """Weights, tied ones counted once."""
         return sum(p.numel() for p in self.parameters())
 
-    def hidden(self, input_ids_BT: Tensor, positions_BT: Tensor, visible: Tensor, past: Past | None = None) -> Tensor:
+    def hidden(
+        self, input_ids_BT: Tensor, positions_BT: Tensor, visible: Tensor, past: Past | None = None
+    ) -> Tensor:
         """The trunk's output (B, T, C)."""
         x_BTC = self.model.embed_tokens(input_ids_BT)
         rope = rotary_angles(self.config, positions_BT)

@@ -33,13 +33,13 @@ class Config:
 
     out: Path = Path("runs/demo")
     """Directory of everything the demo makes; the same command again goes on where it stopped."""
-    facts: int = 1850
+    facts: int = 1800
     """How many documented names the model is to learn."""
     params: str = "4.2M"
     """About how many parameters."""
     vocab_size: int = 4096
     """Size of the vocabulary."""
-    minutes: float = 6.0
+    minutes: float = 7.0
     """Time for pretraining; the speed is measured once, then the number of steps stands."""
     tokens: str | None = None
     """Tokens of pretraining, as in 2M, instead of --minutes: the same result on every run."""
@@ -71,7 +71,8 @@ def main(config: Config) -> None:
          "--params", config.params, *length, "--batch-tokens", str(BATCH_TOKENS), "--prompts", *prompts, "--evaluations", "4",
          "--validation-share", str(VALIDATION_SHARE), "--seed", str(config.seed)])  # fmt: skip
     _run(console, "sft", ["--model", str(out / "base/model"), "--data", str(corpus / "sft.jsonl"), "--out",
-         str(out / "sft"), "--epochs", str(config.sft_epochs), "--row-tokens", "256", "--seed", str(config.seed)])  # fmt: skip
+         str(out / "sft"), "--epochs", str(config.sft_epochs), "--row-tokens", "256",
+         "--batch-tokens", str(BATCH_TOKENS), "--seed", str(config.seed)])  # fmt: skip
     few_shot = ["--ask", "plain", "--few-shot", str(corpus / "few_shot.txt")]
     for name, model, flags in (
         ("base-plain", "base", ["--ask", "plain"]),
@@ -82,7 +83,9 @@ def main(config: Config) -> None:
     seconds = _total_seconds(out, time.perf_counter() - started)
     write_json(out / "summary.json", {**_summary(config), "seconds": round(seconds, 1)})
     report = write_demo_report(out)
-    console.print(f"\nreport: {report}\nchat:   fledge chat --model {out / 'sft/model'}", highlight=False, markup=False)
+    console.print(
+        f"\nreport: {report}\nchat:   fledge chat --model {out / 'sft/model'}", highlight=False, markup=False
+    )
 
 
 def _build_corpus(config: Config, corpus: Path, console: Console) -> None:
@@ -99,7 +102,9 @@ def _build_corpus(config: Config, corpus: Path, console: Console) -> None:
 
 def _run(console: Console, verb: str, flags: Sequence[str]) -> None:
     """Run a verb as a command; its own errors are shown by itself."""
-    shown = " ".join(f"'{flag}'" if " " in flag or "\n" in flag else flag for flag in flags).replace("\n", "\\n")
+    shown = " ".join(f"'{flag}'" if " " in flag or "\n" in flag else flag for flag in flags).replace(
+        "\n", "\\n"
+    )
     console.print(f"\n$ fledge {verb} {shown}", style="bold", highlight=False, markup=False, soft_wrap=True)
     process = subprocess.Popen([sys.executable, "-m", "fledge", verb, *flags])
     try:
@@ -113,14 +118,20 @@ def _run(console: Console, verb: str, flags: Sequence[str]) -> None:
         raise UserError(f"the step `fledge {verb}` failed; what is done is kept: run the same command again")
 
 
-def _evaluate(config: Config, console: Console, out: Path, model: Path, corpus: Path, flags: Sequence[str]) -> None:
+def _evaluate(
+    config: Config, console: Console, out: Path, model: Path, corpus: Path, flags: Sequence[str]
+) -> None:
     if (out / "summary.json").exists():
         return
     texts = [f"{name}={corpus / name}.jsonl" for name in MIXTURE] if "--few-shot" not in flags else []
     data = ["--data", *texts, "--held-out", str(VALIDATION_SHARE)] if texts else []
     limit = ["--limit", str(config.limit)] if config.limit else []
     files = [str(corpus / f"{name}.jsonl") for name in QUESTION_SETS]
-    _run(console, "evaluate", ["--model", str(model), *data, "--questions", *files, "--out", str(out), *limit, *flags])
+    _run(
+        console,
+        "evaluate",
+        ["--model", str(model), *data, "--questions", *files, "--out", str(out), *limit, *flags],
+    )
 
 
 def _total_seconds(out: Path, seconds: float) -> float:

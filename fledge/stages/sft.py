@@ -50,9 +50,9 @@ class Config:
     """Most tokens in memory at once; larger batches are accumulated."""
     cut_overlong: bool = False
     """Cut conversations that do not fit a row at its end, instead of dropping them."""
-    optimizer: OptimizerName = "muon"
-    """muon (hidden matrices; AdamW for the rest) or adamw (for all)."""
-    matrix_lr: float = 0.005
+    optimizer: OptimizerName = "adamw"
+    """adamw (for all) or muon (hidden matrices; AdamW for the rest), which forgets more of what is not asked."""
+    matrix_lr: float = 0.003
     """Muon's peak learning rate."""
     adam_lr: float = 5e-4
     """AdamW's peak learning rate."""

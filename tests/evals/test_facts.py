@@ -89,7 +89,11 @@ def test_classifier_finds_a_spelling_that_gives_names_away_and_nothing_else() ->
     real = [f"mod.read_{a}{b}" for a in "abcdefgh" for b in "stuvwxyz"]
     fake = [f"mod.qzqz_{a}{b}" for a in "abcdefgh" for b in "stuvwxyz"]
     told_apart = NgramNameClassifier(real[::2], fake[::2]).evaluate(real[1::2], fake[1::2])
-    assert (told_apart.refused_invented.rate, told_apart.wrongly_refused.rate, told_apart.accuracy) == (1.0, 0.0, 1.0)
+    assert (told_apart.refused_invented.rate, told_apart.wrongly_refused.rate, told_apart.accuracy) == (
+        1.0,
+        0.0,
+        1.0,
+    )
     alike = NgramNameClassifier(real[::2], real[::2]).evaluate(real[1::2], real[1::2])
     assert alike.accuracy == 0.5
 

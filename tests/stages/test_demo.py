@@ -24,14 +24,25 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_leaves_what_it_promises(demo: Path) -> None:
-    for name in ("report.html", "summary.json", "base/model/model.safetensors", "sft/model/model.safetensors"):
+    for name in (
+        "report.html",
+        "summary.json",
+        "base/model/model.safetensors",
+        "sft/model/model.safetensors",
+    ):
         assert (demo / name).stat().st_size > 0
     summary = json.loads((demo / "summary.json").read_text())
     for model in ("base-plain", "base-few-shot", "sft"):
         assert summary["models"][model]["seen"]["n"] == 6
         assert summary["models"][model]["invented_refused"]["n"] == 6
     assert 0 <= summary["controls"]["nearest_name_test"]["rate"] < 1
-    assert set(summary["models"]["sft"]["bits_per_byte"]) == {"facts", "questions", "chats", "topics", "source"}
+    assert set(summary["models"]["sft"]["bits_per_byte"]) == {
+        "facts",
+        "questions",
+        "chats",
+        "topics",
+        "source",
+    }
 
 
 def test_test_and_invented_names_are_in_no_training_question(demo: Path) -> None:
