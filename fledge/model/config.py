@@ -79,7 +79,8 @@ class ModelConfig:
         model_type = raw.get("model_type")
         if model_type not in ARCHITECTURES:
             raise UserError(
-                f"{where}: model_type {model_type!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}"
+                f"{where}: model_type {model_type!r} is not supported; "
+                f"supported: {', '.join(sorted(ARCHITECTURES))}"
             )
         for key, allowed in _ONLY.items():
             if raw.get(key, allowed[0]) not in allowed:

@@ -165,7 +165,7 @@ class CausalLM(nn.Module):
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
         """Fresh weights: N(0, 1/fan_in) for hidden matrices, zero for the two projections that write
-        to the residual stream (every block starts as the identity), N(0, initializer_range) for embeddings."""
+        to the residual stream (a block starts as the identity), N(0, initializer_range) for embeddings."""
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 parameter.fill_(1.0)

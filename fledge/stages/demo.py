@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from fledge.config import to_toml
 from fledge.data.stdlib import build_corpus
 from fledge.errors import UserError
 from fledge.evals.facts import NgramNameClassifier, Share, nearest_name_baseline, token_f1
 from fledge.files import read_json, read_jsonl, write_json
 from fledge.report import write_demo_report
+from fledge.run import Run
 
 # Shares of the pretraining mixture: facts to know, questions (as text and as chats) about some of them to be
 # able to use them, and the rest of the text.
@@ -51,60 +53,90 @@ class Config:
     """Leave the documents of the test names out of the corpus: the control that could not have read them."""
     limit: int | None = None
     """Ask only the first questions of each set."""
+    overwrite: bool = False
+    """Delete what --out holds of an earlier demo."""
 
 
 def main(config: Config) -> None:
     """Run every stage as the command a user would give, then write the report."""
     console = Console(stderr=True)
-    started = time.perf_counter()
-    out, corpus = config.out, config.out / "corpus"
-    _build_corpus(config, corpus, console)
-    sources = [f"{name}={corpus / name}.jsonl:{share}" for name, share in MIXTURE.items()]
-    if not (out / "tokenizer").is_dir():
-        texts = [source for source in sources if not source.startswith("chats=")]
-        flags = ["--data", *texts, "--vocab-size", str(config.vocab_size), "--out", str(out / "tokenizer")]
-        _run(console, "tokenizer", flags)
-    length = ["--tokens", config.tokens] if config.tokens else ["--minutes", str(config.minutes)]
-    examples = list(read_jsonl(corpus / "eval_seen.jsonl"))[:2]
-    prompts = [f"Question: {row['question']}\nAnswer:" for _, row in examples]
-    _run(console, "pretrain", ["--data", *sources, "--tokenizer", str(out / "tokenizer"), "--out", str(out / "base"),
-         "--params", config.params, *length, "--batch-tokens", str(BATCH_TOKENS), "--prompts", *prompts, "--evaluations", "4",
-         "--validation-share", str(VALIDATION_SHARE), "--seed", str(config.seed)])  # fmt: skip
-    _run(console, "sft", ["--model", str(out / "base/model"), "--data", str(corpus / "sft.jsonl"), "--out",
-         str(out / "sft"), "--epochs", str(config.sft_epochs), "--row-tokens", "256",
-         "--batch-tokens", str(BATCH_TOKENS), "--seed", str(config.seed)])  # fmt: skip
-    few_shot = ["--ask", "plain", "--few-shot", str(corpus / "few_shot.txt")]
-    for name, model, flags in (
-        ("base-plain", "base", ["--ask", "plain"]),
-        ("base-few-shot", "base", few_shot),
-        ("sft", "sft", []),
-    ):
-        _evaluate(config, console, out / "evaluate" / name, out / model / "model", corpus, flags)
-    seconds = _total_seconds(out, time.perf_counter() - started)
-    write_json(out / "summary.json", {**_summary(config), "seconds": round(seconds, 1)})
-    report = write_demo_report(out)
-    console.print(
-        f"\nreport: {report}\nchat:   fledge chat --model {out / 'sft/model'}", highlight=False, markup=False
-    )
-
-
-def _build_corpus(config: Config, corpus: Path, console: Console) -> None:
-    options = {"max_facts": config.facts, "without_test_documents": config.without_test_documents}
-    if (corpus / "manifest.json").exists():
-        if read_json(corpus.parent / "corpus.json") != options:
-            raise UserError(f"{corpus}: was built with other settings; choose another --out")
+    run = Run.open(config.out, to_toml(replace(config, overwrite=False)), config.overwrite)
+    run.begin({})
+    report = config.out / "report.html"
+    if report.exists():
+        _say_goodbye(console, config, report)
         return
-    console.print("building the corpus from the Python installation", highlight=False)
-    corpus.mkdir(parents=True, exist_ok=True)
-    write_json(corpus.parent / "corpus.json", options)
-    build_corpus(corpus, max_facts=config.facts, without_test_documents=config.without_test_documents)
+    started = time.perf_counter()
+    try:
+        _raise_models(config, console)
+    finally:  # an interrupted demo adds up the time of all its runs
+        seconds = _add_seconds(config.out / "seconds.json", time.perf_counter() - started)
+    write_json(config.out / "summary.json", {**_summary(config), "seconds": round(seconds, 1)})
+    _say_goodbye(console, config, write_demo_report(config.out))
 
 
-def _run(console: Console, verb: str, flags: Sequence[str]) -> None:
-    """Run a verb as a command; its own errors are shown by itself."""
-    shown = " ".join(f"'{flag}'" if " " in flag or "\n" in flag else flag for flag in flags).replace(
-        "\n", "\\n"
+def _raise_models(config: Config, console: Console) -> None:
+    """Corpus, tokenizer, base model, assistant, and their answers; what is done is not done again."""
+    out, corpus, tokenizer = config.out, config.out / "corpus", config.out / "tokenizer"
+    if not (corpus / "manifest.json").exists():
+        console.print("building the corpus from the Python installation", highlight=False)
+        build_corpus(corpus, max_facts=config.facts, without_test_documents=config.without_test_documents)
+    sources = {name: f"{name}={corpus / name}.jsonl:{share}" for name, share in MIXTURE.items()}
+    if not tokenizer.is_dir():
+        texts = [source for name, source in sources.items() if name != "chats"]
+        _run(console, "tokenizer", data=texts, vocab_size=config.vocab_size, out=tokenizer)
+    asked = [row["question"] for _, row in read_jsonl(corpus / "eval_seen.jsonl")][:2]
+    _run(
+        console,
+        "pretrain",
+        data=list(sources.values()),
+        tokenizer=tokenizer,
+        out=out / "base",
+        params=config.params,
+        **({"tokens": config.tokens} if config.tokens else {"minutes": config.minutes}),
+        batch_tokens=BATCH_TOKENS,
+        validation_share=VALIDATION_SHARE,
+        evaluations=4,
+        prompts=[f"Question: {question}\nAnswer:" for question in asked],
+        seed=config.seed,
     )
+    _run(
+        console,
+        "sft",
+        model=out / "base/model",
+        data=corpus / "sft.jsonl",
+        out=out / "sft",
+        epochs=config.sft_epochs,
+        row_tokens=256,
+        batch_tokens=BATCH_TOKENS,
+        seed=config.seed,
+    )
+    texts = {"data": [f"{name}={corpus / name}.jsonl" for name in MIXTURE], "held_out": VALIDATION_SHARE}
+    few_shot = {"ask": "plain", "few_shot": corpus / "few_shot.txt"}
+    _evaluate(config, console, "base-plain", out / "base/model", ask="plain", **texts)
+    _evaluate(config, console, "base-few-shot", out / "base/model", **few_shot)
+    _evaluate(config, console, "sft", out / "sft/model", **texts)
+
+
+def _evaluate(config: Config, console: Console, name: str, model: Path, **settings: Any) -> None:
+    out = config.out / "evaluate" / name
+    if not (out / "summary.json").exists():
+        limit = {"limit": config.limit} if config.limit else {}
+        files = [config.out / "corpus" / f"{questions}.jsonl" for questions in QUESTION_SETS]
+        _run(console, "evaluate", model=model, questions=files, out=out, **limit, **settings)
+
+
+def _say_goodbye(console: Console, config: Config, report: Path) -> None:
+    chat = f"fledge chat --model {config.out / 'sft/model'}"
+    console.print(f"\nreport: {report}\nchat:   {chat}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _run(console: Console, verb: str, **settings: Any) -> None:
+    """Run a verb as a command; its own errors are shown by itself."""
+    flags: list[str] = []
+    for name, value in settings.items():
+        flags += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    shown = " ".join(map(shlex.quote, flags)).replace("\n", "\\n")
     console.print(f"\n$ fledge {verb} {shown}", style="bold", highlight=False, markup=False, soft_wrap=True)
     process = subprocess.Popen([sys.executable, "-m", "fledge", verb, *flags])
     try:
@@ -118,26 +150,9 @@ def _run(console: Console, verb: str, flags: Sequence[str]) -> None:
         raise UserError(f"the step `fledge {verb}` failed; what is done is kept: run the same command again")
 
 
-def _evaluate(
-    config: Config, console: Console, out: Path, model: Path, corpus: Path, flags: Sequence[str]
-) -> None:
-    if (out / "summary.json").exists():
-        return
-    texts = [f"{name}={corpus / name}.jsonl" for name in MIXTURE] if "--few-shot" not in flags else []
-    data = ["--data", *texts, "--held-out", str(VALIDATION_SHARE)] if texts else []
-    limit = ["--limit", str(config.limit)] if config.limit else []
-    files = [str(corpus / f"{name}.jsonl") for name in QUESTION_SETS]
-    _run(
-        console,
-        "evaluate",
-        ["--model", str(model), *data, "--questions", *files, "--out", str(out), *limit, *flags],
-    )
-
-
-def _total_seconds(out: Path, seconds: float) -> float:
-    """The time of all runs of this command together, interruptions included."""
-    path = out / "seconds.json"
-    total = seconds + (read_json(path)["seconds"] if path.exists() else 0.0)
+def _add_seconds(path: Path, seconds: float) -> float:
+    """The time of all runs of this command together."""
+    total: float = seconds + (read_json(path)["seconds"] if path.exists() else 0.0)
     write_json(path, {"seconds": total})
     return total
 
@@ -174,7 +189,7 @@ def _summary(config: Config) -> dict[str, Any]:
 
 
 def _controls(corpus: Path) -> dict[str, Any]:
-    """What the spelling of the names alone gives: the nearest known name's answer, and a classifier of spellings."""
+    """What spelling alone gives: the nearest taught name's answer, and a classifier of invented names."""
     names = read_json(corpus / "names.json")
     taught = sorted(names["taught"].items())
     test = [row for _, row in read_jsonl(corpus / "eval_test.jsonl")]

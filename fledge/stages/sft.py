@@ -51,7 +51,7 @@ class Config:
     cut_overlong: bool = False
     """Cut conversations that do not fit a row at its end, instead of dropping them."""
     optimizer: OptimizerName = "adamw"
-    """adamw (for all) or muon (hidden matrices; AdamW for the rest), which forgets more of what is not asked."""
+    """adamw (for all), or muon (hidden matrices; AdamW for the rest), which forgets more."""
     matrix_lr: float = 0.003
     """Muon's peak learning rate."""
     adam_lr: float = 5e-4
