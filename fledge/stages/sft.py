@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from fledge.config import to_toml
 from fledge.data.conversations import EncodedConversations, read_conversations
@@ -23,7 +22,7 @@ from fledge.model.transformer import CausalLM
 from fledge.run import Run, lineage
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.train.loop import FitConfig, Metrics, fit, row_steps
-from fledge.train.losses import next_token_loss
+from fledge.train.losses import forward_of, next_token_loss
 from fledge.train.optim import OptimizerName, make_optimizers
 from fledge.train.progress import say
 
@@ -147,12 +146,7 @@ def main(config: Config) -> None:
 def validation_loss(model: CausalLM, rows: ConversationRows, compute_dtype: torch.dtype) -> float:
     """Nats per token of the assistant over all held-out conversations."""
     device = model.model.embed_tokens.weight.device
-    total, tokens = torch.zeros((), device=device), 0
-
-    def forward(ids_BT: Tensor, segment_ids_BT: Tensor | None) -> Tensor:
-        logits_BTV: Tensor = model(ids_BT, segment_ids_BT)
-        return logits_BTV
-
+    total, tokens, forward = torch.zeros((), device=device), 0, forward_of(model)
     for first in range(0, rows.epoch_rows(0), 8):
         batch = rows.rows(first, min(8, rows.epoch_rows(0) - first)).to(device)
         with torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32):

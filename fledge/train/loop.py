@@ -25,7 +25,7 @@ from fledge.files import read_json, write_json
 from fledge.model.checkpoint import read_weights
 from fledge.model.transformer import CausalLM
 from fledge.run import Checkpoint, Run
-from fledge.train.losses import Forward, Term
+from fledge.train.losses import Forward, Term, forward_of
 from fledge.train.optim import get_lr, load_optimizer_tensors, optimizer_tensors, set_lr
 from fledge.train.progress import TrainingProgress, say
 from fledge.train.schedule import warmup_stable_decay
@@ -158,7 +158,8 @@ def fit(
     keep_freed_memory()
     progress = _resume(model, optimizers, run, console := Console(stderr=True))
     plan = _Plan(config, run)
-    forward: Forward = torch.compile(model, dynamic=False) if config.compile else model
+    forward = forward_of(model)
+    forward = torch.compile(forward, dynamic=False) if config.compile else forward
     cast = torch.autocast(device.type, config.compute_dtype, enabled=config.compute_dtype != torch.float32)
     generator = steps(progress.step, progress.data)
     metrics: Metrics | None = None

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fledge.types import Batch
 
-# Ids and segments of the inputs -> logits (B, T, V).
+# Ids and segments of whole rows (B, T + 1) -> nats (B, T) of every token but the first, in fp32.
+# The loop compiles it as one function, so that scores over the vocabulary need not exist in memory as such.
 Forward = Callable[[Tensor, Tensor | None], Tensor]
 
 
@@ -32,11 +33,21 @@ class Term:
 
 def token_nll(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Negative log-probability (B, T) of each target in nats, in fp32."""
-    return F.cross_entropy(logits_BTV.float().transpose(1, 2), targets_BT, reduction="none")
+    nll_N = F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="none")
+    return nll_N.view(targets_BT.shape)
+
+
+def forward_of(model: Callable[[Tensor, Tensor | None], Tensor]) -> Forward:
+    """The `Forward` of a model that returns logits."""
+
+    def forward(input_ids_BT: Tensor, segment_ids_BT: Tensor | None) -> Tensor:
+        segments = None if segment_ids_BT is None else segment_ids_BT[:, :-1]
+        return token_nll(model(input_ids_BT[:, :-1], segments), input_ids_BT[:, 1:])
+
+    return forward
 
 
 def next_token_loss(forward: Forward, batch: Batch) -> dict[str, Term]:
     """Cross-entropy of the batch's targets: pretraining and supervised fine-tuning."""
-    segments = None if batch.segment_ids is None else batch.segment_ids[:, :-1]
-    nll_BT = token_nll(forward(batch.input_ids[:, :-1], segments), batch.input_ids[:, 1:])
+    nll_BT = forward(batch.input_ids, batch.segment_ids)
     return {"loss": Term((nll_BT * batch.loss_mask[:, 1:]).sum(), per="tokens")}

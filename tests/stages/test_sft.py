@@ -25,7 +25,7 @@ from fledge.model.checkpoint import load_model
 from fledge.model.config import ModelConfig
 from fledge.model.transformer import CausalLM
 from fledge.tokenizer.bpe import Tokenizer
-from fledge.train.losses import next_token_loss, token_nll
+from fledge.train.losses import forward_of, next_token_loss, token_nll
 from fledge.types import Batch, SamplingParams
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -106,7 +106,7 @@ def test_packed_conversations_lose_what_they_lose_alone(
     assert int(batch.segment_ids.max()) >= 1  # rows with several conversations,
     assert bool((batch.segment_ids == -1).any())  # and with padding
 
-    packed = next_token_loss(model, batch)["loss"].sum
+    packed = next_token_loss(forward_of(model), batch)["loss"].sum
     packed.backward()
     packed_gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
@@ -118,7 +118,7 @@ def test_packed_conversations_lose_what_they_lose_alone(
     for packed_gradient, parameter in zip(packed_gradients, model.parameters(), strict=True):
         torch.testing.assert_close(packed_gradient / targets, parameter.grad / targets, atol=1e-4, rtol=1e-3)
 
-    seeing = next_token_loss(model, Batch(batch.input_ids, batch.loss_mask))["loss"].sum
+    seeing = next_token_loss(forward_of(model), Batch(batch.input_ids, batch.loss_mask))["loss"].sum
     assert abs(seeing.item() - alone.item()) / targets > 3e-3, "conversations that see each other are noticed"
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fledge.train.losses import next_token_loss, token_nll
+from fledge.train.losses import forward_of, next_token_loss, token_nll
 from fledge.types import Batch
 
 
@@ -33,7 +33,7 @@ def test_only_targets_count() -> None:
     ids = torch.arange(10).view(2, 5)
     # The first token of a row is never predicted, whatever its mask.
     mask = torch.tensor([[True, True, False, True, False], [True, False, False, False, False]])
-    (term,) = next_token_loss(uniform, Batch(ids, mask)).values()
+    (term,) = next_token_loss(forward_of(uniform), Batch(ids, mask)).values()
     assert (term.per, term.weight) == ("tokens", 1.0)
     assert term.sum.item() == pytest.approx(2 * math.log(10))
     assert Batch(ids, mask).denominators() == {"tokens": 2, "sequences": 2}
@@ -51,6 +51,6 @@ def test_position_t_predicts_token_t_plus_1() -> None:
         return 100.0 * torch.nn.functional.one_hot(ids[:, 1:], 10).float()
 
     (term,) = next_token_loss(
-        clairvoyant, Batch(ids, torch.ones_like(ids, dtype=torch.bool), segments)
+        forward_of(clairvoyant), Batch(ids, torch.ones_like(ids, dtype=torch.bool), segments)
     ).values()
     assert term.sum.item() == 0.0
