@@ -111,11 +111,11 @@ def _raise_models(config: Config, console: Console) -> None:
         batch_tokens=BATCH_TOKENS,
         seed=config.seed,
     )
-    texts = {"data": [f"{name}={corpus / name}.jsonl" for name in MIXTURE], "held_out": VALIDATION_SHARE}
+    scored = {"data": [f"{name}={corpus / name}.jsonl" for name in MIXTURE], "held_out": VALIDATION_SHARE}
     few_shot = {"ask": "plain", "few_shot": corpus / "few_shot.txt"}
-    _evaluate(config, console, "base-plain", out / "base/model", ask="plain", **texts)
+    _evaluate(config, console, "base-plain", out / "base/model", ask="plain", **scored)
     _evaluate(config, console, "base-few-shot", out / "base/model", **few_shot)
-    _evaluate(config, console, "sft", out / "sft/model", **texts)
+    _evaluate(config, console, "sft", out / "sft/model", **scored)
 
 
 def _evaluate(config: Config, console: Console, name: str, model: Path, **settings: Any) -> None:
