@@ -33,7 +33,7 @@ from fledge.data.facts import (
 from fledge.data.invented import ExistingNames, invented_names
 from fledge.errors import UserError
 
-REFUSAL = "I don't know {name}."
+REFUSAL = "I don't know that name."
 QUESTIONS = (
     "What does {name} do?",
     "What is {name} for?",
@@ -213,7 +213,7 @@ def conversations(
     pairs = [(q, answer) for name, answer in answers.items() for q in questions(name)[:questions_per_fact]]
     wanted = round(len(pairs) * refusal_share / (1 - refusal_share))
     rounds = range(len(QUESTIONS))
-    pairs += [(questions(name)[i], REFUSAL.format(name=name)) for i in rounds for name in invented][:wanted]
+    pairs += [(questions(name)[i], REFUSAL) for i in rounds for name in invented][:wanted]
     pairs.sort(key=lambda pair: unit_hash(seed, "pair", pair[0]))
     # With a share m of conversations of 2.5 questions on average, n questions make n / (1 + 1.5 m) of them.
     several = round(multi_turn_share * len(pairs) / (1 + 1.5 * multi_turn_share))
@@ -337,7 +337,7 @@ def _few_shot(facts: Sequence[Fact], invented: Sequence[str]) -> list[tuple[str,
     short = [fact for fact in facts if fact.kind == "function" and len(fact.summary.split()) <= 8] or facts
     order = sorted(short, key=lambda fact: (fact.name.count("."), unit_hash("few", fact.name)))
     shown = [(fact.name, fact.summary) for fact in order[:3]]
-    shown[2:2] = [(name, REFUSAL.format(name=name)) for name in invented[:1]]
+    shown[2:2] = [(name, REFUSAL) for name in invented[:1]]
     return shown
 
 
@@ -345,14 +345,14 @@ def _question_texts(answers: Mapping[str, str], invented: Sequence[str], per_fac
     texts = [
         plain_question(q, answer) for name, answer in answers.items() for q in questions(name)[-per_fact:]
     ]
-    texts += [plain_question(questions(name)[-1], REFUSAL.format(name=name)) for name in invented]
+    texts += [plain_question(questions(name)[-1], REFUSAL) for name in invented]
     return texts
 
 
 def _chat_documents(answers: Mapping[str, str], invented: Sequence[str], per_fact: int) -> list[Record]:
     """Single questions in the chat's form, for pretraining: the base model meets the chat tokens there."""
     pairs = [(q, answer) for name, answer in answers.items() for q in questions(name)[:per_fact]]
-    pairs += [(questions(name)[0], REFUSAL.format(name=name)) for name in invented]
+    pairs += [(questions(name)[0], REFUSAL) for name in invented]
     pairs.sort(key=lambda pair: unit_hash("chat", pair[0]))
     return [{"messages": _single(question, answer)} for question, answer in pairs]
 
