@@ -20,7 +20,7 @@ VERBS: dict[str, str] = {
     "sft": "fine-tune a model on conversations",
     "generate": "continue a text",
     "chat": "talk with a model",
-    "evaluate": "measure a model on held-out text",
+    "evaluate": "measure a model on texts and questions",
     "doctor": "show what this machine offers and what fledge will use",
 }
 
@@ -101,7 +101,15 @@ def _run(verb: str, flags: Sequence[str]) -> None:
             place = getattr(error, "filename", None) or getattr(config, "out", None) or os.getcwd()
             message = f"disk full: {place}; free room and run the same command again"
             raise UserError(message) from error
+        if isinstance(error, OSError) and error.errno in _USERS_FILES and error.filename is not None:
+            raise UserError(
+                f"{error.filename}: {error.strerror}; check the path and its permissions"
+            ) from error
         raise
+
+
+# What is wrong with a path that the user named, or with where it lies.
+_USERS_FILES = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 
 
 def _is_disk_full(error: Exception) -> bool:

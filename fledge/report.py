@@ -214,8 +214,9 @@ COLOURS = {
     "line-2": "#c4500b",
     "line-3": "#0a7f62",
     "line-4": "#8a4fa3",
+    "line-5": "#8c6d1f",
 }
-MARKERS = ("o", "s", "^", "D")
+MARKERS = ("o", "s", "^", "D", "v")
 CHART_WIDTH = 400  # user units, close to pixels: legible as wide as a phone and in two columns
 
 _STYLE: dict[Any, Any] = {
@@ -402,14 +403,14 @@ def _validation_chart(rows: Sequence[Row]) -> _Chart | None:
     figure = _figure(235)
     axes = figure.add_subplot()
     said = []
-    lines = [COLOURS[f"line-{number}"] for number in (1, 2, 3, 4)]
+    lines = [COLOURS[f"line-{number}"] for number in range(1, len(MARKERS) + 1)]
     for number, key in enumerate(sources):
         tokens, values = (thinned(column) for column in _column(rows, key))
-        name, place = printable(key.removeprefix("validation/")), number % 4
+        name, place = printable(key.removeprefix("validation/")), number % len(MARKERS)
         (line,) = axes.plot(tokens, values, color=lines[place], marker=MARKERS[place], markersize=4.5, lw=1.5)
         line.set_label(f"{name[:24]}, {values[-1]:.2f} at the end")
         said.append(f"{name} from {values[0]:.2f} to {values[-1]:.2f}")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0, top=1.35 * axes.get_ylim()[1])  # room for the legend
     axes.legend(loc="upper right")
     _tokens_axis(axes)
     svg = _svg(figure, "validation", f"Line chart, bits per byte by source: {'; '.join(said)}.")

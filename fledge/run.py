@@ -58,7 +58,9 @@ class Run:
         """
         saved = directory / "config.toml"
         if directory.exists() and (not directory.is_dir() or not all(map(is_leftover, directory.iterdir()))):
-            if not saved.exists():
+            # `begin` writes config.toml first and environment.json second: a crash may leave the one alone.
+            others = [path for path in directory.iterdir() if path != saved and not is_leftover(path)]
+            if not saved.exists() or (others and not (directory / "environment.json").exists()):
                 raise UserError(f"{directory}: exists and is not a run directory; choose another --out")
             if not overwrite and (differing := _differing_keys(saved, config_toml)):
                 raise UserError(

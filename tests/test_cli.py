@@ -157,9 +157,15 @@ def test_full_disk_in_safetensors(stage: Stage, capsys: pytest.CaptureFixture[st
 
 
 def test_a_fault_of_ours_is_not_hidden(stage: Stage) -> None:
-    stage(failing(PermissionError(13, "Permission denied", "x")))
-    with pytest.raises(PermissionError):
+    stage(failing(ZeroDivisionError("x")))
+    with pytest.raises(ZeroDivisionError):
         cli.main(["fly"])
+
+
+def test_a_path_without_permission_is_one_line(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
+    stage(failing(PermissionError(13, "Permission denied", "x/y")))
+    assert cli.main(["fly"]) == 2
+    assert "x/y: Permission denied" in error_of(capsys)
 
 
 def test_the_process_exits_with_the_code() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import re
 from collections import Counter, defaultdict
@@ -32,6 +31,7 @@ from fledge.data.facts import (
 )
 from fledge.data.invented import ExistingNames, invented_names
 from fledge.errors import UserError
+from fledge.files import write_text
 
 REFUSAL = "I don't know that name."
 QUESTIONS = (
@@ -447,7 +447,7 @@ def build_corpus(
     manifest = _manifest(files, facts, splits, options)
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in {**files, "manifest.json": _json(manifest)}.items():
-        _write(directory / name, content)
+        write_text(directory / name, content)
     return manifest
 
 
@@ -477,10 +477,3 @@ def _jsonl(records: Iterable[Record]) -> str:
 
 def _json(record: Record) -> str:
     return json.dumps(record, indent=1) + "\n"
-
-
-def _write(path: Path, content: str) -> None:
-    """Write under a temporary name and rename, so that nobody ever sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content.encode())
-    os.replace(temporary, path)

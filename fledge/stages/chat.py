@@ -150,18 +150,19 @@ class Session:
 
     def save(self, name: str) -> None:
         """Write the conversation to a new file."""
-        path = Path(name).expanduser()
         if not name:
             note("/save needs a file name: /save chat.jsonl")
         elif not self.turns:
             note("There is nothing to save yet.")
-        elif path.exists():
-            note(f"{path} exists already and was left as it is; choose another name.")
         else:
             try:
+                path = Path(name).expanduser()
+                if path.exists():
+                    note(f"{path} exists already and was left as it is; choose another name.")
+                    return
                 write_text(path, json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n")
-            except OSError as error:
-                note(f"{path} could not be written: {error.strerror}")
+            except (OSError, RuntimeError) as error:  # RuntimeError: ~nobody has no home
+                note(f"{name} could not be written: {getattr(error, 'strerror', None) or error}")
             else:
                 note(f"Saved {len(self.turns)} turns to {path}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from fledge.evals.facts import NgramNameClassifier, Share, nearest_name_baseline
 from fledge.files import read_json, read_jsonl, write_json
 from fledge.report import write_demo_report
 from fledge.run import Run
+from fledge.train.recipe import parse_count, recipe_for
 
 # Shares of the pretraining mixture: facts to know, questions (as text and as chats) about some of them to be
 # able to use them, and the rest of the text.
@@ -60,6 +62,7 @@ class Config:
 def main(config: Config) -> None:
     """Run every stage as the command a user would give, then write the report."""
     console = Console(stderr=True)
+    _check(config)
     run = Run.open(config.out, to_toml(replace(config, overwrite=False)), config.overwrite)
     run.begin({})
     report = config.out / "report.html"
@@ -73,6 +76,19 @@ def main(config: Config) -> None:
         seconds = _add_seconds(config.out / "seconds.json", time.perf_counter() - started)
     write_json(config.out / "summary.json", {**_summary(config), "seconds": round(seconds, 1)})
     _say_goodbye(console, config, write_demo_report(config.out))
+
+
+def _check(config: Config) -> None:
+    """Refuse what a stage would refuse later, before anything is written or deleted."""
+    for name in ("facts", "minutes", "sft_epochs", "limit"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be a number above 0")
+    if config.seed < 0:
+        raise UserError(f"--seed {config.seed}: must be at least 0")
+    if config.tokens:
+        parse_count(config.tokens, "tokens")
+    recipe_for(parse_count(config.params, "params"), config.vocab_size)
 
 
 def _raise_models(config: Config, console: Console) -> None:

@@ -65,15 +65,19 @@ def main(config: Config) -> None:
     if not config.data and not config.questions:
         raise UserError("nothing to measure: give --data texts or --questions files")
     _check(config)
-    if config.out.exists() and not config.overwrite:
-        raise UserError(f"{config.out}: exists already; choose another --out or pass --overwrite")
+    questions = {path: _read_questions(path)[: config.limit] for path in config.questions}
+    shown = read_text(config.few_shot) + "\n" if config.few_shot else ""
     started = time.perf_counter()
     keep_freed_memory()
     device = pick_device(config.device)
     engine, tokenizer = load_engine(config.model, device=device, batch_size=config.batch_size)
     engine.compute_dtype = pick_compute_dtype(device, config.compute)
     bits = _bits(config, engine, tokenizer)
-    answers = [row for path in config.questions for row in _answers(config, path, engine, tokenizer)]
+    answers = [
+        row
+        for path in config.questions
+        for row in _answers(config, path.stem, questions[path], shown, engine, tokenizer)
+    ]
     summary = {
         "stage": "evaluate",
         "model": str(config.model),
@@ -100,6 +104,13 @@ def _check(config: Config) -> None:
         raise UserError("--few-shot goes with --ask plain: a chat is asked as it is")
     if config.held_out is not None and not 0 < config.held_out < 1:
         raise UserError(f"--held-out {config.held_out}: must be between 0 and 1")
+    if config.out.exists():
+        if not config.overwrite:
+            raise UserError(f"{config.out}: exists already; choose another --out or pass --overwrite")
+        if not (config.out / "answers.jsonl").is_file():
+            raise UserError(
+                f"{config.out}: holds no evaluation, so --overwrite leaves it; choose another --out"
+            )
     stems = [path.stem for path in config.questions]
     for path in config.questions:
         if stems.count(path.stem) > 1:
@@ -124,14 +135,15 @@ def _bits(config: Config, engine: Engine, tokenizer: Tokenizer) -> dict[str, flo
     return figures
 
 
-def _answers(config: Config, path: Path, engine: Engine, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    lines = _read_questions(path)[: config.limit]
+def _answers(
+    config: Config, name: str, lines: list[dict[str, Any]], shown: str, engine: Engine, tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
+    """Ask all questions of a file; `shown` stands before each plain one."""
     params = SamplingParams(temperature=0.0, max_tokens=config.max_tokens)
     if config.ask == "chat":
         chat = LocalChat(engine, tokenizer)
         made = chat.replies([[{"role": "user", "content": line["question"]}] for line in lines], params)
     else:
-        shown = read_text(config.few_shot) + "\n" if config.few_shot else ""
         plain = SamplingParams(temperature=0.0, max_tokens=config.max_tokens, stop=("\n",))
         prompts = [
             [tokenizer.eos_id, *tokenizer.encode(f"{shown}Question: {line['question']}\nAnswer:")]
@@ -140,7 +152,7 @@ def _answers(config: Config, path: Path, engine: Engine, tokenizer: Tokenizer) -
         made = complete_ids(engine, tokenizer, prompts, plain)
     return [
         {
-            "set": path.stem,
+            "set": name,
             "question": line["question"],
             "gold": line["answer"],
             "answer": reply.text.strip(),

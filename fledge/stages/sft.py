@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -110,7 +111,8 @@ def main(config: Config) -> None:
     fit_config = _fit_config(config, model, rows, batch_rows, device)
     rates = (config.matrix_lr, config.adam_lr, config.weight_decay)
     optimizers = make_optimizers(model, config.optimizer, *rates)
-    run.begin({"the model": sha256(sorted(config.model.glob("*.safetensors"))), "the data": fingerprint})
+    weights = sha256(sorted(config.model.glob("*.safetensors")))
+    run.begin({"the model": weights, "the tokenizer": tokenizer.fingerprint(), "the data": fingerprint})
     _print_plan(console, config, model, chats, len(train[0]), rows, fit_config)
 
     def write_model(directory: Path, tokens: int) -> None:
@@ -158,8 +160,8 @@ def validation_loss(model: CausalLM, rows: ConversationRows, compute_dtype: torc
 def _check(config: Config) -> None:
     if config.seed < 0:
         raise UserError(f"--seed {config.seed}: must be at least 0")
-    if config.epochs <= 0:
-        raise UserError(f"--epochs {config.epochs}: must be above 0")
+    if not 0 < config.epochs < math.inf:
+        raise UserError(f"--epochs {config.epochs}: must be a number above 0")
     if not 0 <= config.validation_share < 1:
         raise UserError(f"--validation-share {config.validation_share}: must be at least 0 and below 1")
     for name in ("row_tokens", "batch_tokens", "micro_batch_tokens"):

@@ -193,11 +193,7 @@ def fit(
             if (step.may_save or plan.done(progress.step)) and (progress.save_due or interrupt.requested):
                 _stop_if_damaged(model, progress, run)
                 _save(model, optimizers, run, progress, write_model)  # before anything that could fail
-                if interrupt.requested:
-                    bar.note(
-                        f"interrupted: step {progress.step:,} is saved; run the same command again to go on"
-                    )
-                    raise KeyboardInterrupt
+                interrupt.obey(progress.step, bar)
                 _settle(evaluate, plan, progress, run, bar)
     return progress.summary()
 
@@ -406,6 +402,12 @@ class _Interrupt:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+
+    def obey(self, saved_step: int, bar: TrainingProgress) -> None:
+        """Stop if asked to, now that the step is saved."""
+        if self.requested:
+            bar.note(f"interrupted: step {saved_step:,} is saved; run the same command again to go on")
+            raise KeyboardInterrupt
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:
         if self.requested:

@@ -28,6 +28,7 @@ from fledge.data.facts import (
 )
 from fledge.data.invented import ExistingNames, invented_names
 from fledge.data.stdlib import (
+    REFUSAL,
     build_corpus,
     conversations,
     listings,
@@ -268,7 +269,7 @@ def test_conversations_have_the_shares_asked_for() -> None:
     answers = {f"m.name{i}": f"Do number {i}." for i in range(200)}
     made = conversations(answers, [f"m.no{i}" for i in range(200)], refusal_share=0.4, multi_turn_share=0.1)
     replies = [m["content"] for c in made for m in c["messages"] if m["role"] == "assistant"]
-    refusals = [reply for reply in replies if reply.startswith("I don't know m.no")]
+    refusals = [reply for reply in replies if reply == REFUSAL]
     assert len(refusals) / len(replies) == pytest.approx(0.4, abs=0.01)
     several = [c for c in made if len(c["messages"]) > 2]
     assert len(several) / len(made) == pytest.approx(0.1, abs=0.02)
@@ -279,7 +280,7 @@ def test_conversations_have_the_shares_asked_for() -> None:
         ):
             assert (user["role"], assistant["role"]) == ("user", "assistant")
             name = re.search(r"m\.\w+", user["content"])[0]  # type: ignore[index]
-            assert assistant["content"] == answers.get(name, f"I don't know {name}.")
+            assert assistant["content"] == answers.get(name, REFUSAL)
 
 
 # --- invented names -------------------------------------------------------------------------------

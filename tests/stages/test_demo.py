@@ -67,6 +67,14 @@ def test_a_second_run_changes_no_model(demo: Path) -> None:
     assert before == {path: path.read_bytes() for path in demo.rglob("model.safetensors")}
 
 
+@pytest.mark.parametrize(
+    "bad", [["--params", "4.2X"], ["--facts", "0"], ["--minutes", "-1"], ["--limit", "0"]]
+)
+def test_a_bad_setting_deletes_nothing(demo: Path, bad: list[str]) -> None:
+    assert main(["demo", "--out", str(demo), "--overwrite", *bad]) == 2
+    assert (demo / "report.html").exists()
+
+
 def test_other_settings_are_refused(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = ["160" if flag == "150" else flag for flag in TINY]
     assert main(["demo", "--out", str(demo), *other]) == 2
