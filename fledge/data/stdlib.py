@@ -358,21 +358,12 @@ def _chat_documents(answers: Mapping[str, str], invented: Sequence[str], per_fac
 
 
 def _texts(
-    modules: Mapping[str, SourceModule],
-    by_split: Mapping[Split, Sequence[Fact]],
-    question_texts: list[str],
-    without_test: bool,
+    modules: Mapping[str, SourceModule], by_split: Mapping[Split, Sequence[Fact]]
 ) -> dict[str, list[str]]:
-    """The sources of text; `without_test` leaves out documents that mention test facts."""
-    told = {split: facts for split, facts in by_split.items() if not (without_test and split == "test")}
-    pages = [page for facts in told.values() for page in listings(facts)]
-    pages += [text for facts in told.values() for fact in facts for text in presentations(fact)]
-    texts = {"topics": topic_documents(), "source": list(source_documents(modules)), "facts": pages}
-    texts["questions"] = question_texts
-    if without_test:
-        mentions = _Mentions(by_split["test"])
-        texts = {source: [t for t in group if not mentions(t)] for source, group in texts.items()}
-    return texts
+    """The sources of text but for questions."""
+    pages = [page for facts in by_split.values() for page in listings(facts)]
+    pages += [text for facts in by_split.values() for fact in facts for text in presentations(fact)]
+    return {"topics": topic_documents(), "source": list(source_documents(modules)), "facts": pages}
 
 
 @collector_paused()
@@ -421,22 +412,23 @@ def build_corpus(
         "invented": dict.fromkeys(unseen),
         "preference": {fact.name: fact.summary for fact in by_split["preference"]},
     }
-    plain = _question_texts(asked_early, invented[:early], early_questions_per_fact)
-    texts = _texts(modules, by_split, plain, without_test_documents)
+    texts = _texts(modules, by_split)
+    texts["questions"] = _question_texts(asked_early, invented[:early], early_questions_per_fact)
+    chats = _chat_documents(asked_early, invented[:early], early_questions_per_fact)
+    if without_test_documents:
+        mentions = _Mentions(by_split["test"])
+        texts = {source: [t for t in group if not mentions(t)] for source, group in texts.items()}
+        chats = [chat for chat in chats if not any(mentions(turn["content"]) for turn in chat["messages"])]
     files = {
         f"{source}.jsonl": _jsonl({"text": text} for text in sorted(group, key=lambda t: unit_hash(seed, t)))
         for source, group in texts.items()
     }
-    files["chats.jsonl"] = _jsonl(_chat_documents(asked_early, invented[:early], early_questions_per_fact))
-    files["sft.jsonl"] = _jsonl(
-        conversations(taught, invented[early:], seed, questions_per_fact, refusal_share)
-    )
-    files |= {
-        "preference.jsonl" if split == "preference" else f"eval_{split}.jsonl": _jsonl(
-            _evaluation(names, split)
-        )
-        for split, names in asked.items()
-    }
+    files["chats.jsonl"] = _jsonl(chats)
+    late_chats = conversations(taught, invented[early:], seed, questions_per_fact, refusal_share)
+    files["sft.jsonl"] = _jsonl(late_chats)
+    for split, names in asked.items():
+        file = "preference" if split == "preference" else f"eval_{split}"
+        files[f"{file}.jsonl"] = _jsonl(_evaluation(names, split))
     files["names.json"] = _json(
         {"real": splits, "invented": {"sft": invented, "test": unseen}, "taught": taught}
     )
