@@ -14,6 +14,7 @@ import platform
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -366,6 +367,41 @@ def _texts(
     return {"topics": topic_documents(), "source": list(source_documents(modules)), "facts": pages}
 
 
+@dataclass(frozen=True)
+class _Names:
+    """Who is asked about when. `early` ones are also asked in pretraining; answers by name."""
+
+    taught: dict[str, str]
+    early: dict[str, str]
+    early_invented: list[str]
+    invented: list[str]
+    unseen_invented: list[str]
+
+
+def _draw_names(
+    by_split: Mapping[Split, Sequence[Fact]],
+    exists: ExistingNames,
+    seed: int,
+    questions_per_fact: int,
+    refusal_share: float,
+    early_names: float,
+    early_questions_per_fact: int,
+    evaluation_names: int,
+) -> _Names:
+    taught = {fact.name: fact.summary for fact in by_split["sft"]}
+    # The other taught names are, until fine-tuning, known from documents alone, as test names are. Were
+    # all of them asked before, "never asked" would look like "invented" and test names would be refused.
+    early = {n: a for n, a in taught.items() if unit_hash("asked early", n) < early_names}
+    # An invented name is asked about once in a source: remembering them one by one would teach nothing.
+    refusals = refusal_share / (1 - refusal_share)
+    first = round(early_questions_per_fact * len(early) * refusals)
+    then = round(questions_per_fact * len(taught) * refusals)
+    invented = invented_names(by_split["sft"], exists, first + then, seed)
+    asked = min(evaluation_names, len(taught))
+    unseen = invented_names(by_split["test"], exists, asked, seed + 1, apart_from=invented)
+    return _Names(taught, early, invented[:first], invented[first:], unseen)
+
+
 @collector_paused()
 def build_corpus(
     directory: Path,
@@ -392,29 +428,18 @@ def build_corpus(
     facts = find_facts(modules, max_facts)
     splits = split_facts(facts, seed)
     by_split: dict[Split, list[Fact]] = {s: [f for f in facts if splits[f.name] == s] for s in SPLIT_SHARES}
-    taught = {fact.name: fact.summary for fact in by_split["sft"]}
-    exists = ExistingNames(modules)
-    # The other taught names are, until fine-tuning, known from documents alone, as test names are. Were
-    # all of them asked before, "never asked" would look like "invented" and test names would be refused.
-    asked_early = {n: a for n, a in taught.items() if unit_hash("asked early", n) < early_names}
-    # An invented name is asked about once in a source: remembering them one by one would teach nothing.
-    refusals = refusal_share / (1 - refusal_share)
-    early = round(early_questions_per_fact * len(asked_early) * refusals)
-    late = round(questions_per_fact * len(taught) * refusals)
-    invented = invented_names(by_split["sft"], exists, early + late, seed)
-    unseen = invented_names(
-        by_split["test"], exists, min(evaluation_names, len(taught)), seed + 1, apart_from=invented
-    )
-    shown = _few_shot(by_split["sft"], invented)
+    shares = (questions_per_fact, refusal_share, early_names, early_questions_per_fact, evaluation_names)
+    names = _draw_names(by_split, ExistingNames(modules), seed, *shares)
+    shown = _few_shot(by_split["sft"], names.early_invented)
     asked: dict[str, Mapping[str, str | None]] = {
-        "seen": {name: taught[name] for name in _draw(set(taught) - set(dict(shown)), evaluation_names)},
+        "seen": {n: names.taught[n] for n in _draw(set(names.taught) - set(dict(shown)), evaluation_names)},
         "test": {fact.name: fact.summary for fact in by_split["test"]},
-        "invented": dict.fromkeys(unseen),
+        "invented": dict.fromkeys(names.unseen_invented),
         "preference": {fact.name: fact.summary for fact in by_split["preference"]},
     }
     texts = _texts(modules, by_split)
-    texts["questions"] = _question_texts(asked_early, invented[:early], early_questions_per_fact)
-    chats = _chat_documents(asked_early, invented[:early], early_questions_per_fact)
+    texts["questions"] = _question_texts(names.early, names.early_invented, early_questions_per_fact)
+    chats = _chat_documents(names.early, names.early_invented, early_questions_per_fact)
     if without_test_documents:
         mentions = _Mentions(by_split["test"])
         texts = {source: [t for t in group if not mentions(t)] for source, group in texts.items()}
@@ -424,14 +449,13 @@ def build_corpus(
         for source, group in texts.items()
     }
     files["chats.jsonl"] = _jsonl(chats)
-    late_chats = conversations(taught, invented[early:], seed, questions_per_fact, refusal_share)
+    late_chats = conversations(names.taught, names.invented, seed, questions_per_fact, refusal_share)
     files["sft.jsonl"] = _jsonl(late_chats)
-    for split, names in asked.items():
+    for split, rows in asked.items():
         file = "preference" if split == "preference" else f"eval_{split}"
-        files[f"{file}.jsonl"] = _jsonl(_evaluation(names, split))
-    files["names.json"] = _json(
-        {"real": splits, "invented": {"sft": invented, "test": unseen}, "taught": taught}
-    )
+        files[f"{file}.jsonl"] = _jsonl(_evaluation(rows, split))
+    invented = {"sft": [*names.early_invented, *names.invented], "test": names.unseen_invented}
+    files["names.json"] = _json({"real": splits, "invented": invented, "taught": names.taught})
     files["few_shot.txt"] = "\n".join(
         plain_question(QUESTIONS[i].format(name=name), answer) for i, (name, answer) in enumerate(shown)
     )
