@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from fledge.cli import main
 from fledge.data.conversations import read_conversations
+from fledge.engine.text import load_engine
 from fledge.tokenizer.bpe import Tokenizer
+from fledge.tokenizer.chat import encode_chat
+from fledge.types import Message, SamplingParams
 
 TINY = ["--facts", "150", "--params", "0.3M", "--vocab-size", "700", "--tokens", "16k", "--sft-epochs", "0.2",
         "--limit", "6"]  # fmt: skip
@@ -79,3 +83,25 @@ def test_other_settings_are_refused(demo: Path, capsys: pytest.CaptureFixture[st
     other = ["160" if flag == "150" else flag for flag in TINY]
     assert main(["demo", "--out", str(demo), *other]) == 2
     assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("stage", ["base", "sft"])
+def test_the_models_are_the_same_in_transformers(stage: str, demo: Path) -> None:
+    """The directory the demo leaves: same ids, same scores, same greedy answer."""
+    transformers = pytest.importorskip("transformers")
+    directory = demo / stage / "model"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    engine, tokenizer = load_engine(directory)
+    question: Message = {"role": "user", "content": "What does textwrap.dedent do?"}
+    prompt = encode_chat(tokenizer, [question], add_generation_prompt=True).ids
+    encoded = their_tokenizer.apply_chat_template([question], add_generation_prompt=True, return_dict=True)
+    assert encoded["input_ids"] == prompt
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        torch.testing.assert_close(engine.model(ids), theirs(ids).logits, atol=1e-4, rtol=0.0)
+    out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False,
+                          pad_token_id=0)[0, len(prompt) :].tolist()  # fmt: skip
+    (made,) = engine.generate([prompt], SamplingParams(temperature=0.0, max_tokens=24))
+    assert made.ids == (out[:-1] if made.finish_reason == "stop" else out)
