@@ -58,9 +58,7 @@ class Run:
         """
         saved = directory / "config.toml"
         if directory.exists() and (not directory.is_dir() or not all(map(is_leftover, directory.iterdir()))):
-            # `begin` writes config.toml first and environment.json second: a crash may leave the one alone.
-            others = [path for path in directory.iterdir() if path != saved and not is_leftover(path)]
-            if not saved.exists() or (others and not (directory / "environment.json").exists()):
+            if not saved.exists() or _is_anothers(directory):
                 raise UserError(f"{directory}: exists and is not a run directory; choose another --out")
             if not overwrite and (differing := _differing_keys(saved, config_toml)):
                 raise UserError(
@@ -89,7 +87,7 @@ class Run:
         remove_leftovers(self.directory / "checkpoints")
         saved = self.directory / "config.toml"
         if self.overwrite:  # config.toml goes last: until then it is a run that can be resumed or overwritten
-            for path in sorted(self.directory.iterdir(), key=lambda path: path == saved):
+            for path in sorted(self.directory.iterdir(), key=lambda path: (path == saved, path == began)):
                 remove(path)
             self.overwrite = False
         if not saved.exists():
@@ -146,6 +144,13 @@ class Run:
         """The rows of `<name>.jsonl`; none if there is no such file."""
         path = self.directory / f"{name}.jsonl"
         return [row for _, row in read_jsonl(path)] if path.exists() else []
+
+
+def _is_anothers(directory: Path) -> bool:
+    """Whether a directory with a config.toml is no run: `begin` writes that first and environment.json
+    second, and deletes them in the other order, so that a crash may leave the one alone but nothing else."""
+    others = [path for path in directory.iterdir() if path.name != "config.toml" and not is_leftover(path)]
+    return bool(others) and not (directory / "environment.json").exists()
 
 
 def _step_of(line: bytes) -> float:

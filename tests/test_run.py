@@ -213,6 +213,13 @@ def test_a_failed_checkpoint_leaves_the_last_one(tmp_path: Path) -> None:
     assert listing(tmp_path) == before
 
 
+def test_a_site_with_a_config_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("title = 'my site'")
+    (tmp_path / "pages.md").write_text("years of work")
+    with pytest.raises(UserError, match="exists and is not a run directory"):
+        Run.open(tmp_path, CONFIG, overwrite=True)
+
+
 @pytest.mark.parametrize(
     ("keep", "best", "left"),
     [(2, None, [4, 5]), (1, 2, [2, 5]), (3, 4, [3, 4, 5]), (9, None, [1, 2, 3, 4, 5])],

@@ -161,7 +161,7 @@ def _check(config: Config) -> None:
     if config.seed < 0:
         raise UserError(f"--seed {config.seed}: must be at least 0")
     if not 0 < config.epochs < math.inf:
-        raise UserError(f"--epochs {config.epochs}: must be a number above 0")
+        raise UserError(f"--epochs {config.epochs}: must be above 0, and finite")
     if not 0 <= config.validation_share < 1:
         raise UserError(f"--validation-share {config.validation_share}: must be at least 0 and below 1")
     for name in ("row_tokens", "batch_tokens", "micro_batch_tokens"):
