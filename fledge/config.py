@@ -123,6 +123,14 @@ def read_toml(config_class: type[Dataclass], path: Path) -> dict[str, Any]:
     return values
 
 
+def check_at_least(config: Dataclass, least: int, *names: str) -> None:
+    """Raise UserError, naming the flag, for the first of these settings that is set and below `least`."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return the one of `names` that is most like `name`."""
     return difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)[0]

@@ -13,10 +13,10 @@ from typing import Any
 
 from rich.console import Console
 
-from fledge.config import to_toml
+from fledge.config import check_at_least, to_toml
 from fledge.data.stdlib import build_corpus
 from fledge.errors import UserError
-from fledge.evals.facts import NgramNameClassifier, Share, nearest_name_baseline, token_f1
+from fledge.evals.facts import NgramNameClassifier, Share, is_right, nearest_name_baseline
 from fledge.files import read_json, read_jsonl, write_json
 from fledge.report import write_demo_report
 from fledge.run import Run
@@ -84,8 +84,7 @@ def _check(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be a number above 0")
-    if config.seed < 0:
-        raise UserError(f"--seed {config.seed}: must be at least 0")
+    check_at_least(config, 0, "seed")
     if config.tokens:
         parse_count(config.tokens, "tokens")
     recipe_for(parse_count(config.params, "params"), config.vocab_size)
@@ -211,7 +210,7 @@ def _controls(corpus: Path) -> dict[str, Any]:
     test = [row for _, row in read_jsonl(corpus / "eval_test.jsonl")]
     invented = [row["name"] for _, row in read_jsonl(corpus / "eval_invented.jsonl")]
     nearest = nearest_name_baseline(taught, [row["name"] for row in test])
-    right = sum(token_f1(found, row["answer"]) >= 0.8 for found, row in zip(nearest, test, strict=True))
+    right = sum(is_right(found, row["answer"]) for found, row in zip(nearest, test, strict=True))
     spelling = NgramNameClassifier([name for name, _ in taught], names["invented"]["sft"])
     control = spelling.evaluate([row["name"] for row in test], invented)
     return {

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fledge.config import to_toml
+from fledge.config import check_at_least, to_toml
 from fledge.data.conversations import read_texts
 from fledge.data.sources import parse_sources, split_documents
 from fledge.device import ComputeName, DeviceName, keep_freed_memory, pick_compute_dtype, pick_device
@@ -96,10 +96,7 @@ def main(config: Config) -> None:
 
 
 def _check(config: Config) -> None:
-    for name in ("max_tokens", "window_tokens", "limit", "batch_size"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    check_at_least(config, 1, "max_tokens", "window_tokens", "limit", "batch_size")
     if config.few_shot and config.ask != "plain":
         raise UserError("--few-shot goes with --ask plain: a chat is asked as it is")
     if config.held_out is not None and not 0 < config.held_out < 1:

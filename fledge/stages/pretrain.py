@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fledge.config import to_toml
+from fledge.config import check_at_least, to_toml
 from fledge.data.mixture import SourceTexts, read_sources
 from fledge.data.packing import Mixture
 from fledge.data.sources import parse_sources
@@ -174,8 +174,7 @@ def _encode_prompts(config: Config, tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def _check(config: Config) -> None:
-    if config.seed < 0:
-        raise UserError(f"--seed {config.seed}: must be at least 0")
+    check_at_least(config, 0, "seed")
     if config.tokens and config.minutes:
         raise UserError("--tokens and --minutes: give one of them")
     if config.row_tokens > config.context:
@@ -184,10 +183,7 @@ def _check(config: Config) -> None:
         raise UserError(f"--validation-share {config.validation_share}: must be between 0 and 1")
     if config.hidden_size is not None and (config.hidden_size < 64 or config.hidden_size % 64):
         raise UserError(f"--hidden-size {config.hidden_size}: must be a multiple of 64")
-    for name in ("row_tokens", "context", "batch_tokens", "micro_batch_tokens", "layers"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    check_at_least(config, 1, "row_tokens", "context", "batch_tokens", "micro_batch_tokens", "layers")
 
 
 def _recipe(config: Config, vocab_size: int) -> Recipe:

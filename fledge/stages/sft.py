@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from rich.console import Console
 
-from fledge.config import to_toml
+from fledge.config import check_at_least, to_toml
 from fledge.data.conversations import EncodedConversations, read_conversations
 from fledge.data.packing import ConversationRows
 from fledge.data.sources import held_out
@@ -158,16 +158,12 @@ def validation_loss(model: CausalLM, rows: ConversationRows, compute_dtype: torc
 
 
 def _check(config: Config) -> None:
-    if config.seed < 0:
-        raise UserError(f"--seed {config.seed}: must be at least 0")
+    check_at_least(config, 0, "seed")
     if not 0 < config.epochs < math.inf:
         raise UserError(f"--epochs {config.epochs}: must be above 0, and finite")
     if not 0 <= config.validation_share < 1:
         raise UserError(f"--validation-share {config.validation_share}: must be at least 0 and below 1")
-    for name in ("row_tokens", "batch_tokens", "micro_batch_tokens"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    check_at_least(config, 1, "row_tokens", "batch_tokens", "micro_batch_tokens")
 
 
 Encoded = tuple[list[list[int]], list[list[bool]]]
