@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from fledge.cli import VERBS
+from fledge.cli import VERBS, command
 from fledge.config import describe, field_texts
 
 INTRODUCTION = """\
@@ -37,7 +36,7 @@ def reference() -> str:
 
 def section(verb: str, summary: str) -> str:
     """Return one verb's part: what it does and a table of its flags."""
-    config_class = importlib.import_module(f"fledge.stages.{verb}").Config
+    config_class, _ = command(verb)
     hints = get_type_hints(config_class)
     texts = field_texts(config_class)
     rows = []
@@ -46,7 +45,8 @@ def section(verb: str, summary: str) -> str:
         cells = [f"`{flag}`", describe(hints[field.name]), default(field), texts[field.name]]
         rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     table = "\n".join(["| flag | value | default | meaning |", "|---|---|---|---|", *rows])
-    return f"## {verb}\n\n`fledge {verb}`: {summary}. More: [stages/{verb}.md](stages/{verb}.md).\n\n{table}"
+    page = f"stages/{verb.split()[0]}.md"
+    return f"## {verb}\n\n`fledge {verb}`: {summary}. More: [{page}]({page}).\n\n{table}"
 
 
 def default(field: dataclasses.Field[Any]) -> str:

@@ -1,4 +1,7 @@
-"""The command line: `fledge VERB [--flags]` runs `fledge/stages/VERB.py`, imported only when called."""
+"""The command line: `fledge VERB [--flags]` runs `fledge/stages/VERB.py`, imported only when called.
+
+A verb may have a second word (`data inspect`); such a stage has several settings classes and functions.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,16 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import fledge
 from fledge.errors import UserError
 
 VERBS: dict[str, str] = {
     "demo": "all of it on text that every Python installation carries",
+    "data inspect": "show what a mixture of sources holds and what a run would read of it",
+    "data prepare": "clean sources: duplicates, bad quality, personal data, evaluation texts",
     "tokenizer": "learn a byte-level BPE tokenizer from text",
     "pretrain": "train a base model on text",
     "sft": "fine-tune a model on conversations",
@@ -55,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] == "--version":
         print(f"fledge {fledge.__version__}")
         return 0
-    verb, flags = argv[0], argv[1:]
+    verb, flags = _split_verb(argv)
     name = f"fledge {verb}" if verb in VERBS else "fledge"
     try:
         _run(verb, flags)
@@ -84,18 +89,42 @@ def entry() -> NoReturn:
     sys.exit(code)
 
 
+def command(verb: str) -> tuple[Any, Callable[[Any], None]]:
+    """The settings class of a verb, and the function that runs it."""
+    module, _, action = verb.partition(" ")
+    stage = importlib.import_module(f"fledge.stages.{module}")
+    if action:
+        config_class, run = stage.ACTIONS[action]
+        return config_class, run
+    return stage.Config, stage.main
+
+
+def _split_verb(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The verb and its flags; what follows a two-word verb without a flag is `--data`."""
+    two = " ".join(argv[:2])
+    if two not in VERBS:
+        return argv[0], argv[1:]
+    flags = argv[2:]
+    return two, flags if not flags or flags[0].startswith("-") else ["--data", *flags]
+
+
 def _run(verb: str, flags: Sequence[str]) -> None:
     # Imported here, so that the overview is printed at once.
     from fledge.config import nearest, parse
 
+    if actions := [name for name in VERBS if name.startswith(f"{verb} ")]:
+        if flags and flags[0] in ("-h", "--help"):
+            print("\n".join(f"fledge {name}: {VERBS[name]}" for name in actions))
+            return
+        raise UserError(f"one of {', '.join(actions)}; see fledge {actions[0]} --help")
     if verb not in VERBS:
         raise UserError(f"unknown verb {verb!r}; the nearest is {nearest(verb, VERBS)!r}, see fledge --help")
-    stage = importlib.import_module(f"fledge.stages.{verb}")
-    config = parse(stage.Config, verb, flags)
+    config_class, run = command(verb)
+    config = parse(config_class, verb, flags)
     if config is None:
         return
     try:
-        stage.main(config)
+        run(config)
     except Exception as error:
         if _is_disk_full(error):
             place = getattr(error, "filename", None) or getattr(config, "out", None) or os.getcwd()

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -136,39 +137,45 @@ def read_text(path: Path) -> str:
         ) from None
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSON Lines file with their line numbers, blank lines left out.
-
-    Raises UserError with file and line for invalid UTF-8, broken JSON, text with half of a surrogate
-    pair, or a line that is no object.
-    """
+@contextmanager
+def open_binary(path: Path) -> Iterator[BufferedReader]:
+    """Open a file for reading bytes; UserError that names it if it cannot be opened."""
     try:
-        handle = path.open("rb")
+        file = path.open("rb")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    with handle:
-        for number, raw in enumerate(handle, start=1):
-            if not raw.strip():
-                continue
-            try:
-                value = json.loads(raw.decode("utf-8"))
-                if b"\\ud" in raw.lower():  # only an escape can hold half of a pair
-                    json.dumps(value, ensure_ascii=False).encode()
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}:{number}: not valid UTF-8 (byte {error.start} of the line)"
-                ) from None
-            except UnicodeEncodeError as error:
-                half = error.object[error.start]
-                raise UserError(
-                    f"{path}:{number}: {half!a} is half of a surrogate pair, not a character"
-                ) from None
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{number}: not valid JSON ({error})") from None
-            if not isinstance(value, dict):
-                raise UserError(
-                    f"{path}:{number}: a line must be a JSON object, found {type(value).__name__}"
-                )
-            yield number, value
+    with file:
+        yield file
+
+
+def parse_json_object(raw: bytes, where: str) -> dict[str, Any]:
+    """The JSON object of a line. Raises UserError, which begins with `where`, for invalid UTF-8, broken JSON,
+    text with half of a surrogate pair, or anything that is no object.
+    """
+    try:
+        value = json.loads(raw.decode("utf-8"))
+        if b"\\ud" in raw.lower():  # only an escape can hold half of a pair
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not valid UTF-8 (byte {error.start} of the line)") from None
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise UserError(f"{where}: {half!a} is half of a surrogate pair, not a character") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: a line must be a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSON Lines file with their line numbers, blank lines left out.
+
+    Raises UserError with file and line (see `parse_json_object`).
+    """
+    with open_binary(path) as file:
+        for number, raw in enumerate(file, start=1):
+            if raw.strip():
+                yield number, parse_json_object(raw, f"{path}:{number}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import platform
 import sys
 import tomllib
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +30,8 @@ from fledge.files import (
     write_json,
     write_text,
 )
+
+LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -56,23 +61,21 @@ class Run:
 
         Raises UserError if the directory holds something else; with `overwrite` that may be another run.
         """
-        saved = directory / "config.toml"
-        if directory.exists() and (not directory.is_dir() or not all(map(is_leftover, directory.iterdir()))):
-            if not saved.exists() or _is_anothers(directory):
-                raise UserError(f"{directory}: exists and is not a run directory; choose another --out")
-            if not overwrite and (differing := _differing_keys(saved, config_toml)):
-                raise UserError(
-                    f"{directory}: holds a run with another configuration ({differing}); run the same "
-                    "command to resume it, choose another --out, or pass --overwrite to delete it"
-                )
-        return cls(directory, config_toml, overwrite and saved.exists())
+        _check(directory, config_toml, overwrite)
+        return cls(directory, config_toml, overwrite and (directory / "config.toml").exists())
 
     def begin(self, inputs: dict[str, str]) -> None:
         """Make the directory, once all that the user gave is known to be good; `overwrite` empties it.
 
         `inputs` are fingerprints of what is learned from. Raises UserError if a run that is to go on began
-        with others: the paths of a configuration do not tell.
+        with others: the paths of a configuration do not tell; and if another process writes the run: it is
+        this one's until it ends, or forgets the run.
         """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        handle = _lock(self.directory)
+        if handle is not None:
+            weakref.finalize(self, os.close, handle)
+        _check(self.directory, self.config_toml, self.overwrite)  # who held the lock may have written since
         began = self.directory / "environment.json"
         if began.exists() and not self.overwrite:
             old = read_json(began).get("inputs", inputs)
@@ -82,13 +85,13 @@ class Run:
                     f"{self.directory}: {changed[0]} has changed since this run began; choose another --out, "
                     "or pass --overwrite to delete the run"
                 )
-        self.directory.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.directory)
         remove_leftovers(self.directory / "checkpoints")
         saved = self.directory / "config.toml"
         if self.overwrite:  # config.toml goes last: until then it is a run that can be resumed or overwritten
             for path in sorted(self.directory.iterdir(), key=lambda path: (path == saved, path == began)):
-                remove(path)
+                if path.name != LOCK:
+                    remove(path)
             self.overwrite = False
         if not saved.exists():
             write_text(saved, self.config_toml)
@@ -146,10 +149,58 @@ class Run:
         return [row for _, row in read_jsonl(path)] if path.exists() else []
 
 
+def _lock(directory: Path) -> int | None:
+    """Take the lock of a run; the kernel gives it back when the descriptor is closed or the process dies.
+
+    None where files cannot be locked, or not be written at all. Raises UserError if another has it.
+    """
+    path = directory / LOCK
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):  # what has to be written will say so
+            return None
+        raise
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = path.read_text(encoding="utf-8", errors="replace").strip()
+        os.close(handle)
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(
+                f"{directory}: {holder or 'another process'} is writing this run; wait until it is done, "
+                "stop it, or choose another --out"
+            ) from None
+        if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            return None
+        raise
+    os.ftruncate(handle, 0)
+    os.write(handle, f"process {os.getpid()} on {platform.node()}\n".encode())
+    return handle
+
+
+def _check(directory: Path, config_toml: str, overwrite: bool) -> None:
+    """Raise UserError if a directory holds something else than this run; see `Run.open`."""
+    saved = directory / "config.toml"
+    if directory.exists() and (not directory.is_dir() or not all(map(_is_ours, directory.iterdir()))):
+        if not saved.exists() or _is_anothers(directory):
+            raise UserError(f"{directory}: exists and is not a run directory; choose another --out")
+        if not overwrite and (differing := _differing_keys(saved, config_toml)):
+            raise UserError(
+                f"{directory}: holds a run with another configuration ({differing}); run the same "
+                "command to resume it, choose another --out, or pass --overwrite to delete it"
+            )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a path may lie in a directory without making it something: the lock, what a crash left."""
+    return path.name == LOCK or is_leftover(path)
+
+
 def _is_anothers(directory: Path) -> bool:
     """Whether a directory with a config.toml is no run: `begin` writes that first and environment.json
     second, and deletes them in the other order, so that a crash may leave the one alone but nothing else."""
-    others = [path for path in directory.iterdir() if path.name != "config.toml" and not is_leftover(path)]
+    others = [path for path in directory.iterdir() if path.name != "config.toml" and not _is_ours(path)]
     return bool(others) and not (directory / "environment.json").exists()
 
 

@@ -83,7 +83,7 @@ def test_a_verb_gets_its_settings(stage: Stage) -> None:
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([verb, "--help"]) == 0
+    assert cli.main([*verb.split(), "--help"]) == 0
     printed = capsys.readouterr()
     assert f"Usage: fledge {verb}" in printed.out
     assert printed.err == ""

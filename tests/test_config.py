@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
@@ -13,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
-from fledge.cli import VERBS
+from fledge.cli import VERBS, command
 from fledge.config import describe, field_texts, from_toml, nearest, parse, to_toml
 from fledge.errors import UserError
 
@@ -69,7 +68,7 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_every_stage_survives_toml_and_flags(verb: str, tmp_path: Path, data: st.DataObject) -> None:
-    config_class = importlib.import_module(f"fledge.stages.{verb}").Config
+    config_class, _ = command(verb)
     hints = get_type_hints(config_class)
     fields = dataclasses.fields(config_class)
     required = [field.name for field in fields if field.default is dataclasses.MISSING]
@@ -87,7 +86,7 @@ def test_every_stage_survives_toml_and_flags(verb: str, tmp_path: Path, data: st
 @pytest.mark.parametrize("verb", VERBS)
 def test_what_toml_leaves_out_is_the_default(verb: str) -> None:
     """TOML has no None: a setting that may be None must have it as its default."""
-    config_class = importlib.import_module(f"fledge.stages.{verb}").Config
+    config_class, _ = command(verb)
     hints = get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         if NoneType in get_args(hints[field.name]):
@@ -96,7 +95,7 @@ def test_what_toml_leaves_out_is_the_default(verb: str) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_no_setting_takes_the_name_of_a_flag_of_every_verb(verb: str) -> None:
-    config_class = importlib.import_module(f"fledge.stages.{verb}").Config
+    config_class, _ = command(verb)
     names = {field.name for field in dataclasses.fields(config_class)}
     assert not names & {"config", "debug", "help", "version"}
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 import fledge.run
 from fledge.errors import UserError
-from fledge.run import Run
+from fledge.run import LOCK, Run
 
 INPUTS = {"the data": "1f", "the model": "2e"}
 CONFIG = 'out = "x"\nseed = 0\ndata = [\n    "a",\n    "b",\n]\n'
@@ -132,7 +139,7 @@ def test_overwrite_starts_anew(tmp_path: Path) -> None:
     assert not run.finished
     assert run.checkpoints(), "deleted before all was checked"
     run.begin(INPUTS)
-    assert sorted(listing(tmp_path / "x")) == ["config.toml", "environment.json"]
+    assert sorted(listing(tmp_path / "x")) == [LOCK, "config.toml", "environment.json"]
     assert (tmp_path / "x/config.toml").read_text() == other
     finish(run)
     assert run.finished
@@ -170,7 +177,7 @@ def test_overwriting_may_be_killed_at_any_moment(tmp_path: Path, monkeypatch: py
             else:
                 return
         Run.open(directory, "seed = 3", overwrite=True).begin(INPUTS)
-        assert sorted(listing(directory)) == ["config.toml", "environment.json"]
+        assert sorted(listing(directory)) == [LOCK, "config.toml", "environment.json"]
     raise AssertionError("never came to its end")
 
 
@@ -182,8 +189,94 @@ def test_leftovers_of_a_crash_go(tmp_path: Path) -> None:
     run.save_checkpoint(1, lambda directory: None, {})
     assert [checkpoint.step for checkpoint in run.checkpoints()] == [1]
     begun(tmp_path)
-    assert not list(tmp_path.rglob(".*"))
+    assert not list(tmp_path.rglob(".*.tmp-*"))
     assert [checkpoint.step for checkpoint in run.checkpoints()] == [1]
+
+
+# One process at a time.
+
+
+HOLDER = """
+import fcntl, sys, time
+with open(sys.argv[1], "w") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    print("process 4242 on elsewhere", file=file, flush=True)
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process writes the run; it is killed at the end, at the latest."""
+    command = [sys.executable, "-c", HOLDER, str(directory / LOCK)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "locked\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_another_process_is_kept_out_until_the_first_has_died(overwrite: bool, tmp_path: Path) -> None:
+    begun(tmp_path).log("metrics", {"step": 1})
+    (tmp_path / ".model.tmp-4242").mkdir()  # what the other one is about to write
+    with held(tmp_path) as process:
+        before = listing(tmp_path)
+        run = Run.open(tmp_path, CONFIG, overwrite)
+        with pytest.raises(UserError) as error:
+            run.begin(INPUTS)
+        message = str(error.value)
+        assert message.startswith(f"{tmp_path}: process 4242 on elsewhere is writing this run; ")
+        assert "--out" in message and "\n" not in message
+        assert listing(tmp_path) == before
+        process.kill()
+        process.wait()
+        run.begin(INPUTS)
+    assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+    assert run.rows("metrics") == ([] if overwrite else [{"step": 1}])
+
+
+def test_a_run_inside_of_a_run_has_its_own_lock(tmp_path: Path) -> None:
+    with held(tmp_path):
+        begun(tmp_path / "base")
+
+
+def test_what_another_process_began_meanwhile_is_checked_again(tmp_path: Path) -> None:
+    late = Run.open(tmp_path / "x", CONFIG)
+    begun(tmp_path / "x", CONFIG.replace("seed = 0", "seed = 1"))
+    with pytest.raises(UserError, match="seed is 1 there, 0 here"):
+        late.begin(INPUTS)
+
+
+def test_a_process_killed_right_behind_its_lock_leaves_an_empty_directory(tmp_path: Path) -> None:
+    (tmp_path / LOCK).touch()
+    begun(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_will_do(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lockf(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    begun(tmp_path)
+    assert (tmp_path / "config.toml").exists()
+
+
+def test_a_run_that_may_only_be_read_can_be_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun(tmp_path)
+
+    def refused(*_: object) -> int:
+        raise OSError(errno.EROFS, "Read-only file system", str(tmp_path / LOCK))
+
+    monkeypatch.setattr(os, "open", refused)
+    begun(tmp_path)
 
 
 def test_checkpoints_hold_tensors_and_state(tmp_path: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from fledge.data.sources import read_documents
+from fledge.data.sources import Source, has_conversations, read_documents, read_rows
 from fledge.errors import UserError
 from fledge.files import read_jsonl
 from fledge.tokenizer.bpe import Tokenizer
@@ -37,20 +38,31 @@ def read_conversations(
 
     Raises UserError with file and line for a broken line or message.
     """
+    rows = ((f"{path}:{number}", row) for number, row in read_jsonl(path))
+    return _encode_rows(str(path), rows, tokenizer, max_tokens, cut_overlong)
+
+
+def _encode_rows(
+    path: str,
+    rows: Iterable[tuple[str, dict[str, Any]]],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    cut_overlong: bool,
+) -> EncodedConversations:
     ids: list[list[int]] = []
     masks: list[list[bool]] = []
     overlong = without_targets = 0
-    for number, row in read_jsonl(path):
+    for where, row in rows:
         messages = row.get("messages")
         if not isinstance(messages, list) or not messages:
             problem = "has no field" if messages is None else "needs a non-empty list in the field"
-            raise UserError(f'{path}:{number}: the line {problem} "messages"')
+            raise UserError(f'{where}: the line {problem} "messages"')
         if not isinstance(row.get("tools"), list | None):
-            raise UserError(f'{path}:{number}: the field "tools" must be a list')
+            raise UserError(f'{where}: the field "tools" must be a list')
         try:
             chat = encode_chat(tokenizer, messages, row.get("tools"))
         except UserError as error:
-            raise UserError(f"{path}:{number}: {error}") from None
+            raise UserError(f"{where}: {error}") from None
         if len(chat.ids) > max_tokens:
             overlong += 1
             if not cut_overlong:
@@ -69,15 +81,15 @@ def read_conversations(
 Encode = Callable[[Sequence[str]], list[list[int]]]
 
 
-def read_texts(path: Path, tokenizer: Tokenizer) -> tuple[list[str], Encode]:
-    """The documents of a text source, and what turns some of them into ids.
+def read_texts(source: Source, tokenizer: Tokenizer) -> tuple[list[str], Encode]:
+    """The documents of a source, and what turns some of them into ids.
 
-    A `.jsonl` file of conversations is a text source too: each is a document in the chat template's form,
-    so that a base model meets the chat tokens; its text is what the template writes, special tokens left out.
+    Conversations are text too: each is a document in the chat template's form, so that a base model meets the
+    chat tokens; its text is what the template writes, special tokens left out.
     """
-    if path.suffix != ".jsonl" or not path.is_file() or "messages" not in next(read_jsonl(path), (0, {}))[1]:
-        return list(read_documents(path)), tokenizer.encode_batch
-    chats = read_conversations(path, tokenizer, max_tokens=2**31, cut_overlong=False)
+    if not has_conversations(source):
+        return list(read_documents(source)), tokenizer.encode_batch
+    chats = _encode_rows(source.path, read_rows(source), tokenizer, max_tokens=2**31, cut_overlong=False)
     texts = [tokenizer.decode(ids, skip_special=True) for ids in chats.ids]
     ids_of = dict(zip(texts, chats.ids, strict=True))
     return texts, lambda some: [ids_of[text] for text in some]

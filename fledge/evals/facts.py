@@ -18,7 +18,6 @@ _REFUSAL = re.compile(
     r"|\b(does not|doesn't) exist\b|\bno such (name|module|function|class|method)\b",
     re.IGNORECASE,
 )
-_REAL_SPLITS = ("seen", "test")
 
 
 def token_f1(prediction: str, gold: str) -> float:
@@ -150,53 +149,6 @@ class NgramNameClassifier:
         return SpellingControl(refused, wrongly)
 
 
-@dataclass(frozen=True)
-class FactScores:
-    """Answers right (token F1 >= 0.8) on seen and test names, refusals of invented and of real names.
-
-    `wrongly_refused` counts test names, `wrongly_refused_seen` those whose question was in SFT.
-    """
-
-    seen: Share
-    test: Share
-    invented_refused: Share
-    wrongly_refused: Share
-    wrongly_refused_seen: Share
-    mean_f1_seen: float
-    mean_f1_test: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """For summary files."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {name: v.as_dict() if isinstance(v, Share) else v for name, v in values.items()}
-
-
 def is_right(answer: str, gold: str | None, threshold: float = 0.8) -> bool:
     """Whether an answer is right: F1 at least `threshold`, or a refusal where there is nothing to know."""
     return is_refusal(answer) if gold is None else token_f1(answer, gold) >= threshold
-
-
-def grade(lines: Sequence[Mapping[str, Any]], answers: Sequence[str], threshold: float = 0.8) -> FactScores:
-    """Score answers to evaluation lines {"name", "question", "answer" (None: invented), "split"}.
-
-    The split of a line is "seen", "test" or "invented". Raises ValueError on lists of different length.
-    """
-    f1: dict[str, list[float]] = {split: [] for split in _REAL_SPLITS}
-    refused: dict[str, list[bool]] = {split: [] for split in (*_REAL_SPLITS, "invented")}
-    for line, answer in zip(lines, answers, strict=True):
-        split = str(line["split"])
-        refused[split].append(is_refusal(answer))
-        if split in f1:
-            f1[split].append(token_f1(answer, line["answer"]))
-    shares = {split: Share(sum(refused[split]), len(refused[split])) for split in refused}
-    right = {split: Share(sum(score >= threshold for score in f1[split]), len(f1[split])) for split in f1}
-    mean = {split: sum(f1[split]) / max(len(f1[split]), 1) for split in f1}
-    return FactScores(
-        seen=right["seen"],
-        test=right["test"],
-        invented_refused=shares["invented"],
-        wrongly_refused=shares["test"],
-        wrongly_refused_seen=shares["seen"],
-        mean_f1_seen=mean["seen"],
-        mean_f1_test=mean["test"],
-    )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -18,13 +20,13 @@ from fledge.data.stdlib import build_corpus
 from fledge.errors import UserError
 from fledge.evals.facts import NgramNameClassifier, Share, is_right, nearest_name_baseline
 from fledge.files import read_json, read_jsonl, write_json
-from fledge.report import write_demo_report
+from fledge.report.demo import write_demo_report
 from fledge.run import Run
 from fledge.train.recipe import parse_count, recipe_for
 
 # Shares of the pretraining mixture: facts to know, questions (as text and as chats) about some of them to be
 # able to use them, and the rest of the text.
-MIXTURE = {"facts": 0.80, "questions": 0.05, "chats": 0.10, "topics": 0.025, "source": 0.025}
+MIXTURE = {"facts": 0.86, "questions": 0.04, "chats": 0.08, "topics": 0.01, "source": 0.01}
 # Small steps: a run of minutes is short of steps before it is short of tokens.
 BATCH_TOKENS = 2048
 QUESTION_SETS = ("eval_seen", "eval_test", "eval_invented")
@@ -153,16 +155,41 @@ def _run(console: Console, verb: str, **settings: Any) -> None:
         flags += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
     shown = " ".join(map(shlex.quote, flags)).replace("\n", "\\n")
     console.print(f"\n$ fledge {verb} {shown}", style="bold", highlight=False, markup=False, soft_wrap=True)
-    process = subprocess.Popen([sys.executable, "-m", "fledge", verb, *flags])
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:  # the command got it too: let it save what it has
-        process.wait()
-        raise
+    code = _wait_for([sys.executable, "-m", "fledge", verb, *flags])
     if code == 130:
         raise KeyboardInterrupt
     if code:
         raise UserError(f"the step `fledge {verb}` failed; what is done is kept: run the same command again")
+
+
+def _wait_for(command: list[str]) -> int:
+    """Run a command; a request to end that only this process gets is passed on, and the end waited for."""
+    process: subprocess.Popen[bytes] | None = None
+    asked = False
+
+    def pass_on(_number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        if process is not None:
+            process.terminate()  # whichever the signal was: at this one a training saves what it has
+
+    heard = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, pass_on) for number in heard}
+    try:
+        process = subprocess.Popen(command)
+        if asked:  # before there was a process to pass it on to
+            process.terminate()
+        code = process.wait()
+    except KeyboardInterrupt:  # the command got it too: let it save what it has
+        if process is not None:
+            process.wait()
+        raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if asked:
+        raise KeyboardInterrupt
+    return code
 
 
 def _add_seconds(path: Path, seconds: float) -> float:

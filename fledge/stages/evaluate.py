@@ -14,7 +14,8 @@ from rich.table import Table
 
 from fledge.config import check_at_least, to_toml
 from fledge.data.conversations import read_texts
-from fledge.data.sources import parse_sources, split_documents
+from fledge.data.mixture import load_sources
+from fledge.data.sources import split_documents
 from fledge.device import ComputeName, DeviceName, keep_freed_memory, pick_compute_dtype, pick_device
 from fledge.engine.engine import Engine
 from fledge.engine.text import LocalChat, complete_ids, load_engine
@@ -35,7 +36,7 @@ class Config:
     out: Path = Path("runs/evaluate")
     """New directory for summary.json and answers.jsonl."""
     data: tuple[str, ...] = ()
-    """Texts as NAME=PATH, scored in bits per byte."""
+    """Texts to score in bits per byte: a mixture file (.toml), or NAME=PATH."""
     held_out: float | None = None
     """Score only the documents that `fledge pretrain --validation-share` of this size held out."""
     questions: tuple[Path, ...] = ()
@@ -119,8 +120,8 @@ def _check(config: Config) -> None:
 def _bits(config: Config, engine: Engine, tokenizer: Tokenizer) -> dict[str, float]:
     figures: dict[str, float] = {}
     window = min(config.window_tokens, engine.context - 1)
-    for source in parse_sources(config.data) if config.data else []:
-        documents, encode = read_texts(source.path, tokenizer)
+    for source in load_sources(config.data) if config.data else []:
+        documents, encode = read_texts(source, tokenizer)
         if config.held_out is not None:
             documents = split_documents(documents, config.held_out)[1]
         if not documents:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from dataclasses import replace as with_values
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from fledge.config import check_at_least, to_toml
-from fledge.data.mixture import SourceTexts, read_sources
-from fledge.data.packing import Mixture
-from fledge.data.sources import parse_sources
+from fledge.data.mixture import (
+    Account,
+    Packing,
+    accounts,
+    check_size,
+    load_sources,
+    mix,
+    tokenise_sources,
+)
+from fledge.data.sources import BadLines
+from fledge.data.tables import account_table, plan_table
 from fledge.device import ComputeName, DeviceName, can_compile, pick_compute_dtype, pick_device
 from fledge.engine.engine import Engine
 from fledge.errors import UserError
@@ -28,7 +34,7 @@ from fledge.tokenizer.bpe import Tokenizer
 from fledge.train.loop import FitConfig, Metrics, fit, row_steps
 from fledge.train.losses import next_token_loss
 from fledge.train.optim import OptimizerName, make_optimizers
-from fledge.train.progress import say
+from fledge.train.progress import reading_progress, say
 from fledge.train.recipe import Recipe, intermediate_size_for, model_config, parse_count, recipe_for
 from fledge.types import SamplingParams
 
@@ -38,9 +44,11 @@ class Config:
     """Train a base model on text files."""
 
     data: tuple[str, ...]
-    """Sources as NAME=PATH:WEIGHT: text files, .jsonl files with a "text" field, or folders of them."""
+    """A mixture file (.toml), or sources as NAME=PATH:WEIGHT: files, folders or globs of text, .jsonl..."""
     tokenizer: Path
     """Directory of a trained tokenizer."""
+    weights: tuple[str, ...] = ()
+    """Other weights of sources than theirs, as NAME=WEIGHT."""
     out: Path = Path("runs/pretrain")
     """Run directory; the same command again resumes it."""
     params: str = "10M"
@@ -77,8 +85,14 @@ class Config:
     """Share of the run, at its end, over which the learning rate falls to zero."""
     max_spike: float = 3.0
     """Stop when the loss jumps this many nats above its running mean."""
+    packing: Packing = "stream"
+    """stream: documents end to end, cut where a row is full. best-fit: whole where they fit, with padding."""
     isolate_documents: bool = False
     """Hide the documents of a row from each other."""
+    shards: Path | None = None
+    """Where tokenised sources are kept for further runs; by default `shards` beside --out."""
+    skip_bad_lines: bool = False
+    """Count lines that cannot be read and go on, instead of stopping at the first."""
     validation_share: float = 0.01
     """Share of each source's documents held out, chosen by a hash of their text."""
     evaluations: int = 8
@@ -104,28 +118,40 @@ def main(config: Config) -> None:
     console = Console(stderr=True)
     _check(config)
     tokenizer = Tokenizer.load(config.tokenizer)
-    sources = parse_sources(config.data)
+    named = load_sources(config.data, config.weights)
     run = Run.open(config.out, to_toml(with_values(config, overwrite=False)), config.overwrite)
     if run.finished:
         say(console, f"{config.out}: finished already; the model is {run.model}")
         return
     device = pick_device(config.device)
     recipe = _recipe(config, tokenizer.vocab_size)
-    texts = read_sources(sources, tokenizer, config.validation_share, config.seed)
-    training, shares = [text.training for text in texts], [text.share for text in texts]
-    mixture = Mixture(training, shares, config.row_tokens, tokenizer.eos_id, config.isolate_documents)
+    prompts = _encode_prompts(config, tokenizer)
     model = CausalLM(model_config(recipe, config.model_type, tokenizer.vocab_size, config.context))
     model.init_weights(torch.Generator().manual_seed(config.seed))
     model.to(device)
-    fit_config = _fit_config(config, recipe, device)
     rates = (recipe.matrix_lr, recipe.adam_lr, config.weight_decay)
     optimizers = make_optimizers(model, config.optimizer, *rates)
-    prompts = _encode_prompts(config, tokenizer)
-    data = {text.name: text.fingerprint for text in texts}
+    fit_config = _fit_config(config, recipe, device)
+    with reading_progress(console) as progress:  # after all that can be wrong without it
+        bad = BadLines(skip=config.skip_bad_lines)
+        shards = config.shards or config.out.parent / "shards"
+        sources = tokenise_sources(named, tokenizer, shards, config.validation_share, bad, progress)
+    if bad.count:
+        say(console, f"{bad.count:,} lines could not be read and were skipped, as {bad.examples[0]}")
+    planned = fit_config.total_steps and fit_config.total_steps * recipe.batch_tokens
+    most = check_size(sources, recipe.batch_tokens, planned)
+    if most is not None:
+        fit_config = with_values(fit_config, most_steps=max(1, most // recipe.batch_tokens))
+    mixture = mix(
+        sources, config.packing, config.row_tokens, tokenizer.eos_id, config.seed, config.isolate_documents
+    )
+    data = {source.name: source.shards.fingerprint for source in sources}
     run.begin({"the tokenizer": tokenizer.fingerprint(), **{f"source {name!r}": data[name] for name in data}})
-    _print_plan(console, config, recipe, model, texts, fit_config)
+    console.print(plan_table(sources, planned))
+    _print_plan(console, config, recipe, model, fit_config)
     rows = recipe.batch_tokens // config.row_tokens
     steps = row_steps(mixture.rows, rows, max(1, config.micro_batch_tokens // config.row_tokens))
+    validation = {source.name: source.validation(tokenizer) for source in sources}
 
     def write_model(directory: Path, tokens: int) -> None:
         origin = lineage("pretrain", config, None, data, tokenizer.fingerprint(), tokens)
@@ -133,35 +159,42 @@ def main(config: Config) -> None:
 
     def evaluate(step: int) -> Metrics:
         engine = Engine(model, [tokenizer.eos_id], compute_dtype=fit_config.compute_dtype)
-        figures = _bits(texts, engine, tokenizer, config.row_tokens)
+        figures = _bits(validation, engine, tokenizer, config.row_tokens)
         for prompt, ids in zip(config.prompts, prompts, strict=True):
             made = engine.generate([ids], SamplingParams(temperature=0.0, max_tokens=48))[0]
             run.log("samples", {"step": step, "prompt": prompt, "text": tokenizer.decode(made.ids)})
-        mean = sum(figures[text.name] * text.share for text in texts)
+        mean = sum(figures[source.name] * source.share for source in sources)
         return {"validation": mean, **{f"validation/{name}": value for name, value in figures.items()}}
 
     done = fit(model, optimizers, steps, next_token_loss, fit_config, run, write_model, evaluate)
     with new_directory(run.model, overwrite=True) as directory:
         write_model(directory, done["tokens"])
-    validation = [row for row in run.rows("metrics") if "validation" in row][-1]
-    seen = mixture.seen(done["steps"] * rows)
-    summary = {
-        "stage": "pretrain",
-        "parameters": model.num_parameters(),
-        **done,
-        "bits_per_byte": {text.name: validation[f"validation/{text.name}"] for text in texts},
-        "epochs": {t.name: round(n / len(t.training), 3) for t, n in zip(texts, seen, strict=True)},
-    }
-    write_json(run.directory / "summary.json", summary)
+    read = accounts(sources, mixture, done["steps"] * rows)
+    write_json(run.directory / "summary.json", _summary(run, model, done, read))
+    console.print(account_table(read))
     say(console, f"the base model is {run.model}")
 
 
-def _bits(texts: list[SourceTexts], engine: Engine, tokenizer: Tokenizer, window: int) -> dict[str, float]:
+def _summary(run: Run, model: CausalLM, done: dict[str, Any], read: dict[str, Account]) -> dict[str, Any]:
+    last = [row for row in run.rows("metrics") if "validation" in row][-1]
+    return {
+        "stage": "pretrain",
+        "parameters": model.num_parameters(),
+        **done,
+        "bits_per_byte": {name: last[f"validation/{name}"] for name in read},
+        "epochs": {name: account.epochs for name, account in read.items()},
+        "sources": {name: asdict(account) for name, account in read.items()},
+    }
+
+
+def _bits(
+    validation: dict[str, tuple[list[list[int]], int]], engine: Engine, tokenizer: Tokenizer, window: int
+) -> dict[str, float]:
     """Bits per byte on what is held out of each source."""
     special = tokenizer.special_ids
     return {
-        t.name: bits_per_byte(engine, t.held_out, t.held_out_bytes, tokenizer.eos_id, special, window)
-        for t in texts
+        name: bits_per_byte(engine, ids, text_bytes, tokenizer.eos_id, special, window)
+        for name, (ids, text_bytes) in validation.items()
     }
 
 
@@ -208,7 +241,6 @@ def _recipe(config: Config, vocab_size: int) -> Recipe:
 
 
 def _fit_config(config: Config, recipe: Recipe, device: torch.device) -> FitConfig:
-    total = None if config.minutes else max(1, round(recipe.tokens / recipe.batch_tokens))
     # Starting the compiler takes up to half a minute; shorter runs are over sooner without it.
     long = (
         config.minutes > 2
@@ -217,7 +249,7 @@ def _fit_config(config: Config, recipe: Recipe, device: torch.device) -> FitConf
     )
     return FitConfig(
         label="pretrain",
-        total_steps=total,
+        total_steps=None if config.minutes else max(1, round(recipe.tokens / recipe.batch_tokens)),
         minutes=config.minutes,
         warmup_steps=config.warmup_steps,
         decay_share=config.decay_share,
@@ -234,19 +266,9 @@ def _print_plan(
     config: Config,
     recipe: Recipe,
     model: CausalLM,
-    texts: list[SourceTexts],
     fit_config: FitConfig,
 ) -> None:
-    table = Table("source", "documents", "MB", "tokens", "share", "epochs", title="what it will read")
     planned = None if fit_config.total_steps is None else fit_config.total_steps * recipe.batch_tokens
-    for text in texts:
-        tokens = len(text.training)
-        epochs = "?" if planned is None else f"{planned * text.share / tokens:.2f}"
-        size = f"{text.text_bytes / 1e6:.2f}"
-        table.add_row(
-            escape(text.name), f"{text.documents:,}", size, f"{tokens:,}", f"{text.share:.1%}", epochs
-        )
-    console.print(table)
     length = (
         f"{config.minutes} minutes"
         if planned is None

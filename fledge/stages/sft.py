@@ -19,8 +19,10 @@ from fledge.device import ComputeName, DeviceName, can_compile, pick_compute_dty
 from fledge.errors import UserError
 from fledge.files import new_directory, sha256, write_json
 from fledge.model.checkpoint import load_model, save_model
+from fledge.model.embeddings import add_token_rows
 from fledge.model.transformer import CausalLM
 from fledge.run import Run, lineage
+from fledge.tokenizer.adapt import ChatTokenizer, fit_for_chats
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.train.loop import FitConfig, Metrics, fit, row_steps
 from fledge.train.losses import forward_of, next_token_loss
@@ -38,8 +40,8 @@ class Config:
     """JSONL file, one conversation a line in OpenAI's form: {"messages": [...], "tools": [...]}."""
     out: Path = Path("runs/sft")
     """Run directory; the same command again resumes it."""
-    epochs: float = 1.0
-    """How often each conversation is seen."""
+    epochs: float | None = None
+    """How often each conversation is seen; by default once."""
     minutes: float | None = None
     """Train about this long instead: the speed is measured once, then the number of steps stands."""
     row_tokens: int | None = None
@@ -86,21 +88,17 @@ def main(config: Config) -> None:
     """Train to the end, or go on where an interrupted run stopped."""
     console = Console(stderr=True)
     _check(config)
-    tokenizer = Tokenizer.load(config.model)
-    end_of_turn = tokenizer.end_of_turn_id
-    if tokenizer.chat_template is None or end_of_turn is None:
-        raise UserError(f"{config.model}: its tokenizer has no chat tokens; use one of `fledge tokenizer`")
+    base = Tokenizer.load(config.model)
+    fitted = fit_for_chats(base)
+    tokenizer = fitted.tokenizer
     run = Run.open(config.out, to_toml(replace(config, overwrite=False)), config.overwrite)
     if run.finished:
         say(console, f"{config.out}: finished already; the model is {run.model}")
         return
     device = pick_device(config.device)
     model = load_model(config.model).to(device)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{config.model}: its tokenizer has ids that the model lacks; the files are of different models"
-        )
-    row_tokens = min(config.row_tokens or 512, model.config.max_position_embeddings)
+    _fit_vocabulary(console, config, base, fitted, model)
+    row_tokens = _row_tokens(config, model)
     chats = read_conversations(config.data, tokenizer, row_tokens + 1, config.cut_overlong)
     fingerprint = sha256([config.data])
     train, validation = _split(chats, config.validation_share)
@@ -115,10 +113,12 @@ def main(config: Config) -> None:
     run.begin({"the model": weights, "the tokenizer": tokenizer.fingerprint(), "the data": fingerprint})
     _print_plan(console, config, model, chats, len(train[0]), rows, fit_config)
 
+    ends = [token_id for token_id in (tokenizer.end_of_turn_id, tokenizer.eos_id) if token_id is not None]
+
     def write_model(directory: Path, tokens: int) -> None:
         data = {config.data.name: fingerprint}
         origin = lineage("sft", config, config.model, data, tokenizer.fingerprint(), tokens)
-        save_model(directory, model, tokenizer, origin, [end_of_turn, tokenizer.eos_id])
+        save_model(directory, model, tokenizer, origin, list(dict.fromkeys(ends)))
 
     def evaluate(_step: int) -> Metrics:
         assert held is not None
@@ -159,11 +159,34 @@ def validation_loss(model: CausalLM, rows: ConversationRows, compute_dtype: torc
 
 def _check(config: Config) -> None:
     check_at_least(config, 0, "seed")
-    if not 0 < config.epochs < math.inf:
+    if config.epochs is not None and config.minutes is not None:
+        raise UserError("--epochs and --minutes: give one of them")
+    if config.epochs is not None and not 0 < config.epochs < math.inf:
         raise UserError(f"--epochs {config.epochs}: must be above 0, and finite")
     if not 0 <= config.validation_share < 1:
         raise UserError(f"--validation-share {config.validation_share}: must be at least 0 and below 1")
     check_at_least(config, 1, "row_tokens", "batch_tokens", "micro_batch_tokens")
+
+
+def _fit_vocabulary(
+    console: Console, config: Config, base: Tokenizer, fitted: ChatTokenizer, model: CausalLM
+) -> None:
+    """Rows for the tokens that chats need and the base lacks."""
+    before = model.config.vocab_size
+    if base.vocab_size > before:
+        raise UserError(
+            f"{config.model}: its tokenizer has ids that the model lacks; the files are of different models"
+        )
+    add_token_rows(model, fitted.added.values(), torch.Generator().manual_seed(config.seed))
+    if fitted.note:
+        say(console, f"{fitted.note}; embedding rows: {before:,} -> {model.config.vocab_size:,}")
+
+
+def _row_tokens(config: Config, model: CausalLM) -> int:
+    context = model.config.max_position_embeddings
+    if config.row_tokens and config.row_tokens > context:
+        raise UserError(f"--row-tokens {config.row_tokens} is longer than the model's context of {context}")
+    return config.row_tokens or min(512, context)
 
 
 Encoded = tuple[list[list[int]], list[list[bool]]]
@@ -182,7 +205,8 @@ def _split(chats: EncodedConversations, share: float) -> tuple[Encoded, Encoded]
 def _fit_config(
     config: Config, model: CausalLM, rows: ConversationRows, batch_rows: int, device: torch.device
 ) -> FitConfig:
-    total = None if config.minutes else max(1, round(config.epochs * rows.epoch_rows(0) / batch_rows))
+    epochs = config.epochs or 1.0
+    total = None if config.minutes else max(1, round(epochs * rows.epoch_rows(0) / batch_rows))
     # Starting the compiler takes up to half a minute; shorter runs are over sooner without it.
     work = 6 * model.num_parameters() * (total or 0) * batch_rows * rows.row_tokens
     long = config.minutes > 2 if config.minutes else work > 2e13

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fledge.data.sources import Source, parse_sources, read_documents
+from fledge.data.mixture import load_sources
+from fledge.data.sources import Source, read_documents
 from fledge.errors import UserError
 from fledge.files import new_directory
 from fledge.tokenizer.bpe import FILES, Tokenizer, train_bpe
@@ -24,7 +25,7 @@ class Config:
     """Learn a byte-level BPE tokenizer from text."""
 
     data: tuple[str, ...]
-    """Text files, `.jsonl` files with "text", or folders of them; `name=path:weight` as for pretrain."""
+    """A mixture file (.toml), or sources as NAME=PATH:WEIGHT: files, folders or globs of text, .jsonl..."""
     vocab_size: int = 8192
     """Tokens in all: 256 bytes, 9 special tokens, and what is learned."""
     out: Path = Path("runs/tokenizer")
@@ -35,7 +36,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Measure the sources, train on them, write the directory, and print what came out."""
-    sources = parse_sources(config.data)
+    sources = load_sources(config.data)
     if config.overwrite:
         _check_replaceable(config.out)
     with new_directory(config.out, config.overwrite) as directory:
@@ -61,7 +62,7 @@ class SourceText:
         documents = size = 0
         sample: list[str] = []
         room = SAMPLE_CHARACTERS
-        for document in read_documents(source.path):
+        for document in read_documents(source):
             documents += 1
             size += len(document.encode())
             if room > 0:
@@ -84,7 +85,7 @@ def training_text(texts: Sequence[SourceText]) -> Iterator[str]:
         weight = text.source.weight
         wanted_bytes = text.bytes if weight is None else round(weight / total_weight * total_bytes)
         credit = 0
-        for document in read_documents(text.source.path):
+        for document in read_documents(text.source):
             credit += wanted_bytes
             while credit >= text.bytes:
                 credit -= text.bytes

@@ -44,15 +44,18 @@ class Step:
     state: dict[str, Any] = field(default_factory=dict)
 
 
-# (first step, saved state) -> a generator of steps, which is sent each step's metrics.
-Steps = Callable[[int, dict[str, Any]], Generator[Step, Metrics | None, None]]
+# (first step, saved state, metrics of the step before, if there was one) -> a generator of steps, which is
+# sent the metrics of each of its own.
+Steps = Callable[[int, dict[str, Any], Metrics | None], Generator[Step, Metrics | None, None]]
 
 
 def row_steps(rows: Callable[[int, int], Batch], batch_rows: int, micro_rows: int) -> Steps:
     """Steps of `batch_rows` rows from the endless sequence that `rows(first, count)` reads, `micro_rows` at
     once."""
 
-    def steps(first: int, _state: dict[str, Any]) -> Generator[Step, Metrics | None, None]:
+    def steps(
+        first: int, _state: dict[str, Any], _metrics: Metrics | None
+    ) -> Generator[Step, Metrics | None, None]:
         for step in itertools.count(first):
             end = (step + 1) * batch_rows
             spans = range(step * batch_rows, end, micro_rows)
@@ -69,6 +72,8 @@ class FitConfig:
     total_steps: int | None
     """None: from `minutes`, measured once and then frozen."""
     minutes: float | None = None
+    most_steps: int | None = None
+    """A limit of the data to what `minutes` would allow."""
     warmup_steps: int = 20
     decay_share: float = 0.4
     max_grad_norm: float = 1.0
@@ -117,6 +122,10 @@ class _Progress:
     best_step: int | None = None
     save_due: bool = True
     """A save and its evaluation are to come: now, or where the generator next allows it."""
+    settled_step: int | None = None
+    """The last step that was saved and evaluated."""
+    metrics: Metrics | None = None
+    """Of the last step; what the generator gets next."""
     data: dict[str, Any] = field(default_factory=dict)
 
     def note_validation(self, step: int, validation: float) -> None:
@@ -148,7 +157,7 @@ def fit(
     write_model: Callable[[Path, int], None],
     evaluate: Callable[[int], Metrics] | None = None,
 ) -> dict[str, Any]:
-    """Train to the end, resuming from the run's last checkpoint if there is one; returns what was done.
+    """Train to the end of the plan or of `steps`, from the last checkpoint on; returns what was done.
 
     `write_model(directory, tokens)` makes every checkpoint a model directory. `evaluate(step)` returns
     figures for `metrics.jsonl`; its `validation` decides which checkpoint is the best (lower is better).
@@ -158,18 +167,21 @@ def fit(
     keep_freed_memory()
     progress = _resume(model, optimizers, run, console := Console(stderr=True))
     plan = _Plan(config, run)
-    forward = forward_of(model)
-    forward = torch.compile(forward, dynamic=False) if config.compile else forward
+    forward = torch.compile(forward_of(model), dynamic=False) if config.compile else forward_of(model)
     cast = torch.autocast(device.type, config.compute_dtype, enabled=config.compute_dtype != torch.float32)
-    generator = steps(progress.step, progress.data)
-    metrics: Metrics | None = None
+    generator = steps(progress.step, progress.data, progress.metrics)
+    metrics: Metrics | None = None  # a generator that has not begun takes none
     with TrainingProgress(config.label, console) as bar, _Interrupt() as interrupt:
+
+        def save() -> None:
+            _save(model, optimizers, run, progress, write_model)  # before anything that could fail
+            interrupt.obey(progress.step, bar)
+            _settle(evaluate, plan, progress, run, bar)
+
         _settle(evaluate, plan, progress, run, bar)
         while not plan.done(progress.step):
             started = time.perf_counter()
-            try:
-                step = next(generator) if metrics is None else generator.send(metrics)
-            except StopIteration:
+            if (step := _next(generator, metrics)) is None:
                 break
             counts = _denominators(step.batches)
             set_lr(optimizers, plan.lr_fraction(progress.step))
@@ -181,7 +193,6 @@ def fit(
                 _update(optimizers)
             else:  # nothing to learn from: never NaN, never silent
                 metrics = {"skipped": 1.0}
-                progress.skipped += 1
             elapsed = time.perf_counter() - started
             tokens = sum(batch.num_tokens() for batch in step.batches)
             _advance(progress, metrics, tokens, elapsed, step)
@@ -191,11 +202,19 @@ def fit(
             bar.show(progress.step, plan.total, progress.mean_loss, rate, plan.seconds_left(progress.step))
             progress.save_due |= plan.save_due(progress.step)
             if (step.may_save or plan.done(progress.step)) and (progress.save_due or interrupt.requested):
-                _stop_if_damaged(model, progress, run)
-                _save(model, optimizers, run, progress, write_model)  # before anything that could fail
-                interrupt.obey(progress.step, bar)
-                _settle(evaluate, plan, progress, run, bar)
+                save()
+        if progress.settled_step != progress.step:  # the generator ended before the plan did
+            progress.save_due = True
+            save()
     return progress.summary()
+
+
+def _next(generator: Generator[Step, Metrics | None, None], metrics: Metrics | None) -> Step | None:
+    """The next step, for which the generator gets the metrics of the last; None at its end."""
+    try:
+        return generator.send(metrics)
+    except StopIteration:
+        return None
 
 
 def _denominators(batches: list[Batch]) -> dict[str, int]:
@@ -265,7 +284,8 @@ def _advance(progress: _Progress, metrics: Metrics, tokens: int, elapsed: float,
     progress.step += 1
     progress.tokens += tokens
     progress.seconds += elapsed
-    progress.data = step.state
+    progress.skipped += "skipped" in metrics
+    progress.metrics, progress.data = metrics, step.state
     if "loss" in metrics:
         mean = progress.mean_loss
         progress.mean_loss = metrics["loss"] if mean is None else 0.9 * mean + 0.1 * metrics["loss"]
@@ -286,7 +306,8 @@ def _settle(
         if validation is not None:
             bar.note(f"step {progress.step:,}: validation {validation:.4f} {plan.config.validation_unit}")
             progress.note_validation(progress.step, validation)
-    progress.save_due = False
+    if progress.save_due:
+        progress.save_due, progress.settled_step = False, progress.step
     run.prune(plan.config.keep_checkpoints, progress.best_step)
 
 
@@ -297,6 +318,8 @@ def _save(
     progress: _Progress,
     write_model: Callable[[Path, int], None],
 ) -> Checkpoint:
+    _stop_if_damaged(model, progress, run)
+
     def write(directory: Path) -> None:
         write_model(directory, progress.tokens)
         save_file(optimizer_tensors(optimizers), directory / "optimizer.safetensors")
@@ -322,7 +345,7 @@ def _resume(model: CausalLM, optimizers: list[Optimizer], run: Run, console: Con
     for row in evaluations:  # the checkpoint was saved before its own evaluation
         progress.note_validation(row["step"], row.get("validation", math.nan))
     if any(row["step"] == progress.step for row in evaluations):
-        progress.save_due = False
+        progress.save_due, progress.settled_step = False, progress.step
     else:
         run.rewind(progress.step, progress.step - 1)
     say(console, f"going on from step {progress.step:,} ({last.path})")
@@ -364,10 +387,13 @@ class _Plan:
         if self.total is None and self.config.minutes is not None:
             budget = 60 * self.config.minutes
             spent = time.perf_counter() - self.started
-            if len(self.times) > 5 and spent >= min(self.CALIBRATE_SECONDS, 0.15 * budget):
+            most = self.config.most_steps
+            if step == most or (
+                len(self.times) > 5 and spent >= min(self.CALIBRATE_SECONDS, 0.15 * budget)
+            ):
                 left = budget - spent - self.config.evaluations * self.evaluation_seconds
-                self.total = step + max(1, round(left / statistics.median(self.times[2:])))
-                self.known_from = step
+                steps = step + max(1, round(left / statistics.median(self.times[2:] or self.times)))
+                self.total, self.known_from = steps if most is None else min(steps, most), step
                 write_json(self.path, {"total_steps": self.total, "known_from_step": step})
         return round(statistics.median(self.rates), 1)
 

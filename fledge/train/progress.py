@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn
 from rich.text import Text
 
@@ -20,6 +23,28 @@ def clock(seconds: float) -> str:
 def say(console: Console, text: str) -> None:
     """Print a line as it is: paths are neither wrapped nor read as markup."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def reading_progress(
+    console: Console, doing: str = "tokenising", unit: str = "tokens", quiet_seconds: float = 10.0
+) -> Iterator[Callable[[str, int, int], None]]:
+    """A line about the source that is being read, given (name, documents, size in `unit`); every ten seconds
+    a line where there is no terminal."""
+    printed_at = time.monotonic()
+    with console.status("reading the sources") as status:
+
+        def show(name: str, documents: int, size: int) -> None:
+            nonlocal printed_at
+            text = f"{doing} {name}: {documents:,} documents, {size:,} {unit}"
+            now = time.monotonic()
+            if console.is_terminal:
+                status.update(escape(text))
+            elif now - printed_at >= quiet_seconds:
+                printed_at = now
+                say(console, text)
+
+        yield show
 
 
 class _Figures(ProgressColumn):

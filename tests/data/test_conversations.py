@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from fledge.data.conversations import EncodedConversations, read_conversations, read_texts
+from fledge.data.sources import Source
 from fledge.errors import UserError
 from fledge.tokenizer.bpe import Tokenizer, train_bpe
 from fledge.tokenizer.chat import encode_chat
@@ -163,10 +165,14 @@ def test_a_folder_is_no_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
 # Conversations as text to pretrain on.
 
 
+def source(path: Path) -> Source:
+    return Source("a", str(path), None)
+
+
 def test_conversations_are_texts_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """In the form of the chat, special tokens and all; the text that counts bytes is without them."""
     conversations = [[user("Hi <|im_end|>"), assistant("Hello é")], [user("Bye"), assistant("So long")]]
-    texts, encode = read_texts(write(tmp_path / "a.jsonl", conversations), tokenizer)
+    texts, encode = read_texts(source(write(tmp_path / "a.jsonl", conversations)), tokenizer)
     ids = [encode_chat(tokenizer, messages).ids for messages in conversations]
     assert encode(texts[1:]) == ids[1:]
     assert encode(texts) == ids
@@ -179,8 +185,21 @@ def test_conversations_are_texts_too(tmp_path: Path, tokenizer: Tokenizer) -> No
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_other_texts_stay_what_they_are(name: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / name).write_text('{"text": "one <|im_end|>", "id": 1}')
-    texts, encode = read_texts(tmp_path / name, tokenizer)
+    texts, encode = read_texts(source(tmp_path / name), tokenizer)
     assert texts == ["one <|im_end|>" if name == "a.jsonl" else '{"text": "one <|im_end|>", "id": 1}']
     assert encode(texts) == tokenizer.encode_batch(texts)
     (tmp_path / "a.jsonl").write_text("")
-    assert read_texts(tmp_path / "a.jsonl", tokenizer)[0] == []
+    assert read_texts(source(tmp_path / "a.jsonl"), tokenizer)[0] == []
+
+
+def test_packed_files_and_folders_hold_conversations_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write(tmp_path / "b.jsonl", [[user("Hi"), assistant("Hello")]])
+    expected = read_texts(source(path), tokenizer)[0]
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "b.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    texts, encode = read_texts(source(tmp_path / "c"), tokenizer)
+    assert texts == expected
+    assert encode(texts) == [encode_chat(tokenizer, [user("Hi"), assistant("Hello")]).ids]
+    (tmp_path / "c" / "c.jsonl").write_text('{"messages": [{"role": "king", "content": "a"}]}')
+    with pytest.raises(UserError, match=r"c\.jsonl:1: "):
+        read_texts(source(tmp_path / "c"), tokenizer)

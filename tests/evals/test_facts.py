@@ -6,8 +6,6 @@ import pytest
 
 from fledge.evals.facts import (
     NgramNameClassifier,
-    Share,
-    grade,
     is_refusal,
     is_right,
     nearest_name_baseline,
@@ -96,28 +94,3 @@ def test_classifier_finds_a_spelling_that_gives_names_away_and_nothing_else() ->
     )
     alike = NgramNameClassifier(real[::2], real[::2]).evaluate(real[1::2], real[1::2])
     assert alike.accuracy == 0.5
-
-
-def test_grade_counts_each_split_by_its_own_rule() -> None:
-    lines = [
-        {"name": "a", "question": "a?", "answer": "Return all the words.", "split": "seen"},
-        {"name": "b", "question": "b?", "answer": "Return the size.", "split": "test"},
-        {"name": "c", "question": "c?", "answer": "Open a new file.", "split": "test"},
-        {"name": "d", "question": "d?", "answer": None, "split": "invented"},
-        {"name": "e", "question": "e?", "answer": None, "split": "invented"},
-    ]
-    answers = ["return all words", "I don't know b.", "Open a new file.", "I don't know d.", "Closes a file."]
-    scores = grade(lines, answers)
-    assert scores.seen == Share(1, 1)
-    assert scores.test == Share(1, 2)
-    assert scores.invented_refused == Share(1, 2)
-    assert scores.wrongly_refused == Share(1, 2)
-    assert scores.wrongly_refused_seen == Share(0, 1)
-    assert scores.mean_f1_test == pytest.approx(0.5)
-    assert scores.as_dict()["test"]["rate"] == 0.5
-    assert scores.test.interval == wilson_interval(1, 2)
-
-
-def test_grade_wants_an_answer_for_each_line() -> None:
-    with pytest.raises(ValueError):
-        grade([{"name": "a", "question": "a?", "answer": "b", "split": "seen"}], [])

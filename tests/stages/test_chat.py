@@ -15,43 +15,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from fledge.cli import main
 from fledge.engine.engine import Engine
-from fledge.model.checkpoint import save_model
-from fledge.model.config import ModelConfig
-from fledge.model.transformer import CausalLM
-from fledge.tokenizer.bpe import Tokenizer, train_bpe
+from fledge.tokenizer.bpe import train_bpe
 from fledge.types import FinishReason, SamplingParams
+
+from ..models import save_chain_model
 
 Capture = pytest.CaptureFixture[str]
 ANSWER = "Ok, yes:é🙂!"
 
 
-def save_chain_model(
-    directory: Path, tokenizer: Tokenizer, text: str, context: int = 200, endless: bool = False
-) -> None:
-    """A model whose every answer is `text` (all characters different), over and over if `endless`."""
-    size, ids = tokenizer.vocab_size, tokenizer.encode("\n" + text)
-    assert len(set(ids)) == len(ids)
-    model = CausalLM(ModelConfig("llama", size, size, 4, 1, 1, 1, 4, context, tie_word_embeddings=False))
-    assert tokenizer.end_of_turn_id is not None
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(1.0 if parameter.ndim == 1 else 0.0)
-        model.model.embed_tokens.weight.copy_(torch.eye(size))
-        model.lm_head.weight[tokenizer.end_of_turn_id] = 10.0
-        for before, after in itertools.pairwise(ids + ids[1:2] * endless):
-            model.lm_head.weight[after, before] = 20.0
-    directory.mkdir()
-    save_model(directory, model, tokenizer, {"stage": "sft"}, [tokenizer.end_of_turn_id, tokenizer.eos_id])
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("chat") / "model"
-    save_chain_model(directory, train_bpe(["aa"], 265), ANSWER)
+    save_chain_model(directory, train_bpe(["aa"], 265), ANSWER, context=200)
     return directory
 
 

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import fledge.stages.demo
 from fledge.cli import main
 from fledge.data.conversations import read_conversations
 from fledge.engine.text import load_engine
+from fledge.run import LOCK
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.tokenizer.chat import encode_chat
 from fledge.types import Message, SamplingParams
+
+from .commands import start, wait_for_step
 
 TINY = ["--facts", "150", "--params", "0.3M", "--vocab-size", "700", "--tokens", "16k", "--sft-epochs", "0.2",
         "--limit", "6"]  # fmt: skip
@@ -83,6 +92,106 @@ def test_other_settings_are_refused(demo: Path, capsys: pytest.CaptureFixture[st
     other = ["160" if flag == "150" else flag for flag in TINY]
     assert main(["demo", "--out", str(demo), *other]) == 2
     assert "--out" in capsys.readouterr().err
+
+
+def test_the_control_has_not_read_about_the_test_names(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fledge.stages.demo, "_run", interrupt)
+    assert main(["demo", "--out", str(tmp_path / "control"), *TINY, "--without-test-documents"]) == 130
+    told = {}
+    for out in (demo, tmp_path / "control"):
+        rows = [json.loads(line) for line in (out / "corpus/eval_test.jsonl").read_text().splitlines()]
+        texts = [json.loads(line)["text"] for line in (out / "corpus/facts.jsonl").read_text().splitlines()]
+        told[out.name] = [any(r["name"] in t and r["answer"] in t for t in texts) for r in rows]
+    assert all(told["demo"]) and len(told["demo"]) > 10
+    assert not any(told["control"])
+    assert json.loads((tmp_path / "control/corpus/manifest.json").read_text())["without_test_documents"]
+
+
+# Interruptions.
+
+
+CHILD = """
+import os, signal, sys, time
+def end(*_):
+    open(sys.argv[1], "w").close()
+    sys.exit(130)
+signal.signal(signal.SIGTERM, end)
+os.kill(os.getppid(), int(sys.argv[2]))
+time.sleep(float(sys.argv[3]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_passed_on_and_the_command_waited_for(number: signal.Signals, tmp_path: Path) -> None:
+    before = signal.getsignal(number)
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "saved"), str(int(number)), "60"]
+    with pytest.raises(KeyboardInterrupt):
+        fledge.stages.demo._wait_for(command)
+    assert (tmp_path / "saved").exists()
+    assert signal.getsignal(number) is before
+
+
+def test_under_nohup_nothing_is_passed_on(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        command = [sys.executable, "-c", CHILD, str(tmp_path / "saved"), str(int(signal.SIGHUP)), "0.1"]
+        assert fledge.stages.demo._wait_for(command) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert not (tmp_path / "saved").exists()
+
+
+def stop_stage(process: subprocess.Popen[str], run: Path) -> int:
+    """Pause the stage that works in a run directory; returns its process."""
+    while not (run / LOCK).exists() or not (run / LOCK).read_text():
+        assert process.poll() is None
+        time.sleep(0.001)
+    pid = int((run / LOCK).read_text().split()[1])
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
+@pytest.mark.slow
+def test_ended_and_killed_it_goes_on_where_it_stopped(demo: Path, tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    flags = ["demo", "--out", str(out), *TINY]
+
+    process = start(flags)
+    wait_for_step(process, out / "base", 1)
+    stage = stop_stage(process, out / "base")
+    process.terminate()
+    os.kill(stage, signal.SIGCONT)
+    error = process.communicate()[1]
+    assert process.returncode == 130
+    assert "is saved; run the same command again to go on" in error
+    assert "Traceback" not in error
+    with pytest.raises(ProcessLookupError):
+        os.kill(stage, 0)
+
+    process = start(flags)
+    stage = stop_stage(process, out / "sft")
+    process.kill()
+    process.wait()
+    again = start(flags)  # the stage of the one that was killed still has its run
+    error = again.communicate()[1]
+    assert again.returncode == 2
+    assert f"{out / 'sft'}: process {stage} on " in error and "is writing this run; wait" in error
+    assert "Traceback" not in error
+    os.kill(stage, signal.SIGKILL)
+    process.communicate()
+
+    assert main(flags) == 0
+    for name in ("base/model/model.safetensors", "sft/model/model.safetensors"):
+        assert (out / name).read_bytes() == (demo / name).read_bytes()
+    for name in ("base-plain", "base-few-shot", "sft"):
+        answers = f"evaluate/{name}/answers.jsonl"
+        assert (out / answers).read_bytes() == (demo / answers).read_bytes()
+    assert (out / "report.html").exists()
 
 
 @pytest.mark.peers

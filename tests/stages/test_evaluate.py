@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fledge import cli
-from fledge.data.sources import read_documents, split_documents
+from fledge.data.sources import Source, read_documents, split_documents
 from fledge.model.checkpoint import load_model
 from fledge.tokenizer.bpe import Tokenizer
 
@@ -78,7 +78,8 @@ def test_a_window_may_be_short(base_run: Path, tmp_path: Path) -> None:
 
 def test_what_pretraining_held_out_can_be_scored_alone(base_run: Path, corpus: Path, tmp_path: Path) -> None:
     """The same figure as the training's own last one."""
-    _, held_out = split_documents(list(read_documents(corpus / "words.txt")), 0.01)
+    words = Source("words", str(corpus / "words.txt"), None)
+    _, held_out = split_documents(list(read_documents(words)), 0.01)
     flags = ["--model", str(base_run / "model"), "--data", str(corpus / "words.txt")]
     summary = evaluate(tmp_path / "out", *flags, "--held-out", "0.01", "--window-tokens", "64")
     trained = json.loads((base_run / "summary.json").read_text())["bits_per_byte"]

@@ -10,8 +10,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,12 +24,15 @@ from safetensors.torch import load_file
 import fledge.stages.pretrain
 import fledge.train.loop
 from fledge import cli
-from fledge.data.sources import read_documents, split_documents
+from fledge.data.sources import parse_sources, read_documents, split_documents
+from fledge.device import can_compile
 from fledge.model.checkpoint import load_model
-from fledge.run import Run
+from fledge.run import LOCK, Run
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.train.losses import Forward, Term, next_token_loss
 from fledge.types import Batch
+
+from .commands import changed, metrics, snapshot, start, wait_for_step, weights, without
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -42,37 +43,8 @@ def flags(corpus: Path, tokenizer_directory: Path, tiny: list[str], tmp_path: Pa
     return [
         "pretrain", "--data", str(corpus / "words.txt"), "--tokenizer", str(tokenizer_directory), *tiny,
         "--tokens", str(24 * 512), "--evaluations", "4", "--out", str(tmp_path / "run"),
+        "--shards", str(corpus.parent / "shards"),
     ]  # fmt: skip
-
-
-def changed(flags: list[str], *more: str) -> list[str]:
-    """The same command with some flags added or given another value."""
-    groups: dict[str, list[str]] = {}
-    for word in (*flags[1:], *more):
-        if word.startswith("--"):
-            groups[word] = values = []
-        else:
-            values.append(word)
-    return [flags[0], *(word for name, values in groups.items() for word in (name, *values))]
-
-
-def metrics(directory: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl without what a clock says."""
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
-
-
-def weights(directory: Path) -> bytes:
-    return (directory / "model" / "model.safetensors").read_bytes()
-
-
-def snapshot(directory: Path) -> dict[str, tuple[int, bytes]]:
-    """Every file with its time and content."""
-    return {
-        str(path): (path.stat().st_mtime_ns, path.read_bytes())
-        for path in directory.rglob("*")
-        if path.is_file()
-    }
 
 
 def error_of(capsys: pytest.CaptureFixture[str]) -> str:
@@ -88,7 +60,7 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_what_is_written(base_run: Path, tokenizer_directory: Path, corpus: Path) -> None:
     assert {path.name for path in base_run.iterdir()} == {
-        "config.toml", "environment.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model",
+        LOCK, "config.toml", "environment.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "model",
         "summary.json",
     }  # fmt: skip
     summary = json.loads((base_run / "summary.json").read_text())
@@ -100,9 +72,15 @@ def test_what_is_written(base_run: Path, tokenizer_directory: Path, corpus: Path
     assert summary["tokens"] == summary["steps"] * 512
     assert summary["skipped_steps"] == 0
     assert summary["bits_per_byte"] == {"words": rows[-1]["validation/words"]}
-    texts, _ = split_documents(list(read_documents(corpus / "words.txt")), 0.01)
+    (source,) = parse_sources([str(corpus / "words.txt")])
+    texts, held_out = split_documents(list(read_documents(source)), 0.01)
     size = sum(map(len, Tokenizer.load(tokenizer_directory).encode_batch(texts))) + len(texts)
     assert summary["epochs"] == {"words": pytest.approx(summary["tokens"] / size, abs=1e-3)}
+    account = summary["sources"]["words"]
+    assert account["tokenised"] == size + account["held_out"]
+    assert account["documents"] == len(texts) + len(held_out)
+    assert (account["trained"], account["dropped"], account["unused"]) == (size, 0, 0)
+    assert (account["seen"], account["share"]) == (summary["tokens"], 1.0)
     lineage = json.loads((base_run / "model" / "lineage.json").read_text())
     assert (lineage["stage"], lineage["parent"], lineage["tokens"]) == ("pretrain", None, summary["tokens"])
     assert lineage["tokenizer"] == Tokenizer.load(base_run / "model").fingerprint()
@@ -139,6 +117,8 @@ def test_every_checkpoint_is_a_model_directory(base_run: Path) -> None:
         ["--model-type", "llama"],
         ["--optimizer", "adamw", "--adam-lr", "0.003"],
         ["--isolate-documents"],
+        ["--packing", "best-fit"],
+        ["--packing", "best-fit", "--isolate-documents"],
         ["--micro-batch-tokens", "64"],
         ["--compute", "bf16"],
         ["--weight-decay", "0.1"],
@@ -172,31 +152,107 @@ def test_sources_are_mixed_by_their_weights(flags: list[str], corpus: Path, tmp_
 
 
 def test_minutes_set_the_number_of_steps_once(flags: list[str], tmp_path: Path) -> None:
-    at = flags.index("--tokens")
-    assert cli.main([*flags[:at], *flags[at + 2 :], "--minutes", "0.02"]) == 0
+    assert cli.main([*without(flags, "--tokens"), "--minutes", "0.02"]) == 0
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert plan["total_steps"] == json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] > 5
 
 
+MIXTURE = """\
+[sources.words]
+path = "words.txt"
+weight = 3
+max_epochs = {most}
+
+[sources.numbers]
+path = "numbers.jsonl"
+weight = 1
+"""
+
+
+@pytest.fixture
+def mixture(corpus: Path, tmp_path: Path) -> Path:
+    for name in ("words.txt", "numbers.jsonl"):
+        (tmp_path / name).write_bytes((corpus / name).read_bytes())
+    path = tmp_path / "mixture.toml"
+    path.write_text(MIXTURE.format(most=1.5))
+    return path
+
+
+def test_a_mixture_file_is_what_its_sources_are_as_flags(
+    flags: list[str], mixture: Path, tmp_path: Path
+) -> None:
+    assert cli.main(changed(flags, "--data", str(mixture))) == 0
+    data = [f"words={tmp_path / 'words.txt'}:3", f"numbers={tmp_path / 'numbers.jsonl'}:1"]
+    other = tmp_path / "other"
+    assert cli.main(changed(flags, "--data", *data, "--out", str(other))) == 0
+    assert metrics(tmp_path / "run") == metrics(other)
+    assert weights(tmp_path / "run") == weights(other)
+
+
+def test_weights_of_flags_win(flags: list[str], mixture: Path, tmp_path: Path) -> None:
+    assert cli.main(changed(flags, "--data", str(mixture), "--weights", "numbers=3")) == 0
+    sources = json.loads((tmp_path / "run" / "summary.json").read_text())["sources"]
+    assert sources["words"]["share"] == sources["numbers"]["share"] == 0.5
+
+
+def test_a_maximum_of_epochs_is_kept(
+    flags: list[str], mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By --tokens it is refused before anything is written; --minutes stop there."""
+    command = changed(flags, "--data", str(mixture), "--tokens", "200k")
+    assert cli.main(command) == 2
+    error = error_of(capsys)
+    assert "source 'words' would be seen" in error
+    assert not (tmp_path / "run").exists()
+    most = error.split("--tokens ")[1].split(",")[0]
+    assert cli.main(changed(command, "--tokens", most)) == 0
+    epochs = json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"]
+    assert 1.4 < epochs["words"] <= 1.5
+    timed = [*without(changed(flags, "--data", str(mixture)), "--tokens"), "--minutes", "1"]
+    assert cli.main(changed(timed, "--out", str(tmp_path / "timed"))) == 0
+    epochs = json.loads((tmp_path / "timed" / "summary.json").read_text())["epochs"]
+    assert 1.4 < epochs["words"] <= 1.5
+
+
+def test_a_mixture_smaller_than_a_batch_is_refused(
+    flags: list[str], mixture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(changed(flags, "--data", str(mixture), "--batch-tokens", "640000")) == 2
+    assert "fewer than one batch of 640,000" in error_of(capsys)
+
+
+def test_bad_lines_can_be_skipped(
+    flags: list[str], mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (tmp_path / "numbers.jsonl").open("a") as file:
+        file.write('\n{"text": 3}\n{"text"\n')
+    command = changed(flags, "--data", str(mixture))
+    assert cli.main(command) == 2
+    assert "--skip-bad-lines" in error_of(capsys)
+    assert cli.main([*command, "--skip-bad-lines"]) == 0
+    sources = json.loads((tmp_path / "run" / "summary.json").read_text())["sources"]
+    assert (sources["numbers"]["skipped_lines"], sources["words"]["skipped_lines"]) == (2, 0)
+    assert "2 lines could not be read and were skipped" in capsys.readouterr().err
+
+
+def test_a_source_that_vanishes_or_changes_is_named(
+    flags: list[str], mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(changed(flags, "--data", str(mixture))) == 0
+    (tmp_path / "run" / "summary.json").unlink()  # so it is not finished
+    kept = (tmp_path / "numbers.jsonl").read_text()
+    (tmp_path / "numbers.jsonl").write_text(kept[: len(kept) // 2].rpartition("\n")[0])
+    capsys.readouterr()
+    assert cli.main(changed(flags, "--data", str(mixture))) == 2
+    assert "source 'numbers' has changed since this run began" in error_of(capsys)
+    (tmp_path / "numbers.jsonl").unlink()
+    assert cli.main(changed(flags, "--data", str(mixture))) == 2
+    assert f"no such file or folder: {tmp_path / 'numbers.jsonl'}" in error_of(capsys)
+    (tmp_path / "numbers.jsonl").write_text(kept)  # the same text at another time is the same source
+    assert cli.main(changed(flags, "--data", str(mixture))) == 0
+
+
 # Interruptions.
-
-
-def start(flags: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "fledge", *flags]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for_step(process: subprocess.Popen[str], directory: Path, step: int) -> None:
-    """Until the process has logged a step of that number, or has ended."""
-    path = directory / "metrics.jsonl"
-    while process.poll() is None:
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        if lines and json.loads(lines[-1])["step"] >= step:
-            return
-        time.sleep(0.001)
 
 
 def test_killed_again_and_again_the_result_is_the_same(flags: list[str], tmp_path: Path) -> None:
@@ -223,6 +279,30 @@ def test_killed_again_and_again_the_result_is_the_same(flags: list[str], tmp_pat
     assert (out / "samples.jsonl").read_bytes() == (reference / "samples.jsonl").read_bytes()
     assert sorted(os.listdir(out)) == sorted(os.listdir(reference))
     assert sorted(os.listdir(out / "checkpoints")) == sorted(os.listdir(reference / "checkpoints"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("compute", "compiled"), [("bf16", "no"), ("fp32", "yes"), ("bf16", "yes")])
+def test_killed_the_result_is_the_same_in_low_precision_and_compiled(
+    compute: str, compiled: str, flags: list[str], tmp_path: Path
+) -> None:
+    if compiled == "yes" and not can_compile()[0]:
+        pytest.skip(can_compile()[1])
+    out, reference = tmp_path / "run", tmp_path / "reference"
+    flags = changed(flags, "--tokens", str(60 * 512), "--compute", compute, "--compile", compiled)
+    process = start(flags)
+    wait_for_step(process, out, 20)  # saved after every fifteenth
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    for directory in (out, reference):
+        process = start(changed(flags, "--out", str(directory)))
+        error = process.communicate()[1]
+        assert process.returncode == 0, error
+        assert ("compiled" if compiled == "yes" else "eager") in error
+        assert ("going on from step" in error) == (directory == out)
+    assert weights(out) == weights(reference)
+    assert metrics(out) == metrics(reference)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(flags: list[str], tmp_path: Path) -> None:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,9 +20,12 @@ from fledge.engine.text import LocalChat, load_engine
 from fledge.model.checkpoint import load_model
 from fledge.model.config import ModelConfig
 from fledge.model.transformer import CausalLM
+from fledge.run import LOCK
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.train.losses import forward_of, next_token_loss, token_nll
 from fledge.types import Batch, SamplingParams
+
+from .commands import changed, metrics, start, wait_for_step, weights, without
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -41,27 +40,6 @@ def flags(corpus: Path, base_run: Path, tmp_path: Path) -> list[str]:
         "--out", str(tmp_path / "run"), "--epochs", "2", "--row-tokens", "128", "--batch-tokens", "512",
         "--validation-share", "0.1", "--compute", "fp32", "--compile", "no",
     ]  # fmt: skip
-
-
-def changed(flags: list[str], *more: str) -> list[str]:
-    """The same command with some flags added or given another value."""
-    groups: dict[str, list[str]] = {}
-    for word in (*flags[1:], *more):
-        if word.startswith("--"):
-            groups[word] = values = []
-        else:
-            values.append(word)
-    return [flags[0], *(word for name, values in groups.items() for word in (name, *values))]
-
-
-def metrics(directory: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl without what a clock says."""
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
-
-
-def weights(directory: Path) -> bytes:
-    return (directory / "model" / "model.safetensors").read_bytes()
 
 
 def write(path: Path, conversations: list[list[dict[str, str]]]) -> Path:
@@ -134,7 +112,7 @@ def test_the_base_model_becomes_an_assistant(chat_run: Path) -> None:
 
 def test_what_is_written(chat_run: Path, base_run: Path, corpus: Path) -> None:
     assert {path.name for path in chat_run.iterdir()} == {
-        "config.toml", "environment.json", "metrics.jsonl", "checkpoints", "model", "summary.json",
+        LOCK, "config.toml", "environment.json", "metrics.jsonl", "checkpoints", "model", "summary.json",
     }  # fmt: skip
     summary = json.loads((chat_run / "summary.json").read_text())
     rows = metrics(chat_run)
@@ -188,11 +166,22 @@ def test_what_is_left_out_is_counted(
         )
 
 
-def test_rows_fit_the_models_context(flags: list[str], base_run: Path, tmp_path: Path) -> None:
-    at = flags.index("--row-tokens")
-    assert cli.main([*flags[:at], *flags[at + 2 :]]) == 0  # 512 by default, 128 in the model
-    assert cli.main(changed(flags, "--row-tokens", "4096", "--out", str(tmp_path / "b"))) == 0
+def test_rows_fit_the_models_context_by_default(flags: list[str], tmp_path: Path) -> None:
+    """512 tokens by default, 128 in the model."""
+    assert cli.main(without(flags, "--row-tokens")) == 0
+    assert cli.main(changed(flags, "--row-tokens", "128", "--out", str(tmp_path / "b"))) == 0
     assert weights(tmp_path / "run") == weights(tmp_path / "b")
+
+
+def test_every_conversation_is_seen_once_by_default(flags: list[str], tmp_path: Path) -> None:
+    assert cli.main(without(flags, "--epochs")) == 0
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == pytest.approx(1, rel=0.1)
+
+
+def test_minutes_take_the_place_of_epochs(flags: list[str], tmp_path: Path) -> None:
+    assert cli.main([*without(flags, "--epochs"), "--minutes", "0.02"]) == 0
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["total_steps"] == json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] > 5
 
 
 def test_the_data_and_its_order_decide_nothing_but_themselves(flags: list[str], tmp_path: Path) -> None:
@@ -206,26 +195,13 @@ def test_the_data_and_its_order_decide_nothing_but_themselves(flags: list[str], 
 # Interruptions.
 
 
-def start(flags: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "fledge", *flags]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-
-
 def test_killed_and_interrupted_the_result_is_the_same(flags: list[str], tmp_path: Path) -> None:
     out, reference, rng = tmp_path / "run", tmp_path / "reference", random.Random(1)
     flags = changed(flags, "--epochs", "6", "--evaluations", "20")
     total = None
     for number, step in ((signal.SIGKILL, 8), (signal.SIGINT, 20)):
         process = start(flags)
-        while process.poll() is None:
-            path = out / "metrics.jsonl"
-            lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-            if lines and json.loads(lines[-1])["step"] >= step:
-                break
-            time.sleep(0.001)
+        wait_for_step(process, out, step)
         time.sleep(rng.random() * 0.03)
         process.send_signal(number)
         error = process.communicate()[1]
@@ -282,7 +258,6 @@ def test_a_run_does_not_go_on_with_another_model(
     [
         (["--model", "{tmp}/nothing"], "{tmp}/nothing: no such directory"),
         (["--model", "{tmp}/tokenizer"], "{tmp}/tokenizer/config.json: no such file"),
-        (["--model", "{tmp}/plain"], "{tmp}/plain: its tokenizer has no chat tokens"),
         (["--model", "{tmp}/mixed"], "{tmp}/mixed: its tokenizer has ids that the model lacks"),
         (["--data", "{tmp}/nothing.jsonl"], "{tmp}/nothing.jsonl: no such file"),
         (["--data", "{tmp}"], "{tmp}: cannot be read: Is a directory"),
@@ -292,9 +267,10 @@ def test_a_run_does_not_go_on_with_another_model(
         (["--data", "{tmp}/silent.jsonl"], "{tmp}/silent.jsonl: no conversation to learn from"),
         (["--row-tokens", "8"], "no conversation to learn from (120 too long for 9 tokens"),
         (["--epochs", "0"], "--epochs 0.0: must be above 0"),
-        (["--minutes", "-1"], "--minutes -1.0: must be above 0"),
+        (["--minutes", "1"], "--epochs and --minutes: give one of them"),
         (["--validation-share", "1"], "--validation-share 1.0: must be at least 0 and below 1"),
         (["--row-tokens", "0"], "--row-tokens 0: must be at least 1"),
+        (["--row-tokens", "129"], "--row-tokens 129 is longer than the model's context of 128"),
         (["--matrix-lr", "nan"], "--matrix-lr nan: must be a number above 0"),
         (["--seed", "-1"], "--seed -1: must be at least 0"),
         (["--out", "{tmp}"], "{tmp}: exists and is not a run directory"),
@@ -313,11 +289,9 @@ def test_a_mistake_is_one_line_and_touches_nothing(
     (tmp_path / "field.jsonl").write_text(f'{good}\n{{"text": "a"}}')
     (tmp_path / "role.jsonl").write_text(f'{good}\n{{"messages": [{{"role": "human", "content": "a"}}]}}')
     write(tmp_path / "silent.jsonl", [chat("a", None)])
-    for name in ("tokenizer", "plain", "mixed"):
+    for name in ("tokenizer", "mixed"):
         shutil.copytree(base_run / "model", tmp_path / name)
     (tmp_path / "tokenizer" / "config.json").unlink()
-    config = json.loads((tmp_path / "plain" / "tokenizer_config.json").read_text())
-    (tmp_path / "plain" / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": None}))
     tokens = json.loads((tmp_path / "mixed" / "tokenizer.json").read_text())
     extra = {**tokens["added_tokens"][-1], "id": 300, "content": "<|more|>"}
     (tmp_path / "mixed" / "tokenizer.json").write_text(

@@ -115,8 +115,8 @@ class Training:
 def on_step(number: int, do: Callable[[], None]) -> Steps:
     """The usual steps; `do` is called before the one of that number (from 1) is made."""
 
-    def steps(first: int, state: dict[str, Any]) -> Generator[Step, Metrics | None, None]:
-        usual = row_steps(random_rows, 4, 2)(first, state)
+    def steps(first: int, *before: Any) -> Generator[Step, Metrics | None, None]:
+        usual = row_steps(random_rows, 4, 2)(first, *before)
         for step in itertools.count(first + 1):
             if step == number:
                 do()
@@ -193,7 +193,7 @@ def test_a_step_reads_its_rows_once_and_in_order(micro_rows: int) -> None:
         calls.append((first, count))
         return random_rows(first, count)
 
-    (step,) = itertools.islice(row_steps(rows, 5, micro_rows)(3, {}), 1)
+    (step,) = itertools.islice(row_steps(rows, 5, micro_rows)(3, {}, None), 1)
     assert len(step.batches) == math.ceil(5 / micro_rows)
     assert [row for first, count in calls for row in range(first, first + count)] == list(range(15, 20))
     assert max(count for _, count in calls) <= micro_rows
@@ -208,8 +208,8 @@ def test_a_step_without_targets_is_skipped_and_counted(tmp_path: Path) -> None:
 
     weights: list[bytes] = []
 
-    def recorded(first: int, state: dict[str, Any]) -> Generator[Step, Metrics | None, None]:
-        for step in row_steps(rows, 4, 2)(first, state):
+    def recorded(first: int, *before: Any) -> Generator[Step, Metrics | None, None]:
+        for step in row_steps(rows, 4, 2)(first, *before):
             weights.append(training.weights())
             yield step
 
@@ -413,8 +413,8 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
 
 
 def test_saves_come_only_where_the_generator_allows(tmp_path: Path) -> None:
-    def steps(first: int, state: dict[str, Any]) -> Generator[Step, Metrics | None, None]:
-        usual = row_steps(random_rows, 4, 2)(first, state)
+    def steps(first: int, *before: Any) -> Generator[Step, Metrics | None, None]:
+        usual = row_steps(random_rows, 4, 2)(first, *before)
         for number in itertools.count(first + 1):
             yield replace(next(usual), may_save=number % 5 == 0)
 
@@ -428,11 +428,11 @@ def test_saves_come_only_where_the_generator_allows(tmp_path: Path) -> None:
 
 def test_the_generator_gets_metrics_and_its_state_back(tmp_path: Path) -> None:
     got: list[Metrics | None] = []
-    began: list[tuple[int, dict[str, Any]]] = []
+    began: list[tuple[Any, ...]] = []
 
-    def steps(first: int, state: dict[str, Any]) -> Generator[Step, Metrics | None, None]:
-        began.append((first, state))
-        usual = row_steps(random_rows, 4, 2)(first, state)
+    def steps(first: int, *before: Any) -> Generator[Step, Metrics | None, None]:
+        began.append((first, *before))
+        usual = row_steps(random_rows, 4, 2)(first, *before)
         for number in itertools.count(first + 1):
             got.append((yield replace(next(usual), state={"cursor": 10 * number, "beta": 0.1 + 0.2})))
 
@@ -442,7 +442,79 @@ def test_the_generator_gets_metrics_and_its_state_back(tmp_path: Path) -> None:
     assert got == [{"loss": row["loss"], "grad_norm": row["grad_norm"]} for row in rows[:-1]]
     shutil.rmtree(training.run.checkpoints()[-1].path)
     Training(tmp_path, steps=steps).fit()
-    assert began == [(0, {}), (9, {"cursor": 90, "beta": 0.1 + 0.2})]
+    assert began == [(0, {}, None), (9, {"cursor": 90, "beta": 0.1 + 0.2}, got[8])]
+
+
+def adaptive(interrupted_at: int | None = None) -> tuple[Steps, list[float]]:
+    """Steps of rows that depend on the losses of all steps before, and what decides on them, step by step."""
+    made: list[float] = []
+
+    def steps(
+        first: int, state: dict[str, Any], metrics: Metrics | None
+    ) -> Generator[Step, Metrics | None, None]:
+        beta = state.get("beta", 0.1)
+        for number in itertools.count(first + 1):
+            if metrics is not None:
+                beta = 0.9 * beta + metrics["loss"] * metrics["grad_norm"]
+            made.append(beta)
+            if number == interrupted_at:
+                signal.raise_signal(signal.SIGINT)
+            row = int(1e6 * beta) % 1000
+            metrics = yield Step([random_rows(row, 4)], state={"beta": beta})
+
+    return steps, made
+
+
+@pytest.mark.parametrize("step", [1, 5, 6, 11])
+def test_a_generator_that_adapts_does_not_notice_an_interruption(step: int, tmp_path: Path) -> None:
+    steps, expected = adaptive()
+    reference = Training(tmp_path / "a", steps=steps)
+    reference.fit()
+    steps, before = adaptive(interrupted_at=step)
+    with pytest.raises(KeyboardInterrupt):
+        Training(tmp_path / "b", steps=steps).fit()
+    steps, after = adaptive()
+    again = Training(tmp_path / "b", steps=steps)
+    again.fit()
+    assert len(before) == step
+    assert before + after == expected
+    assert again.metrics() == reference.metrics()
+    assert again.weights() == reference.weights()
+
+
+def five_steps(first: int, *before: Any) -> Generator[Step, Metrics | None, None]:
+    """As if the data were used up after five of the twelve steps."""
+    usual = row_steps(random_rows, 4, 2)(first, *before)
+    for _ in range(first, 5):
+        yield next(usual)
+
+
+def test_a_generator_that_ends_early_ends_the_run(tmp_path: Path) -> None:
+    training = Training(tmp_path, steps=five_steps, evaluate=lambda step: {"validation": 1.0})
+    done = training.fit()
+    assert done["steps"] == 5
+    assert training.saved_steps() == [3, 5]
+    assert training.evaluated_steps() == [0, 3, 5]
+    before = snapshot(tmp_path)
+    again = Training(tmp_path, steps=five_steps, evaluate=lambda step: {"validation": 2.0})
+    assert again.fit() == done
+    assert snapshot(tmp_path) == before
+
+
+def test_an_interrupt_in_the_last_step_of_a_generator_loses_no_evaluation(tmp_path: Path) -> None:
+    def interrupted(first: int, *before: Any) -> Generator[Step, Metrics | None, None]:
+        for number, step in enumerate(five_steps(first, *before), start=1):
+            if number == 5:
+                signal.raise_signal(signal.SIGINT)
+            yield step
+
+    training = Training(tmp_path, steps=interrupted, evaluate=lambda step: {"validation": 1.0})
+    with pytest.raises(KeyboardInterrupt):
+        training.fit()
+    assert (training.saved_steps(), training.evaluated_steps()) == ([3, 5], [0, 3])
+    again = Training(tmp_path, steps=five_steps, evaluate=lambda step: {"validation": 1.0})
+    again.fit()
+    assert (again.saved_steps(), again.evaluated_steps()) == ([3, 5], [0, 3, 5])
 
 
 # Interruptions.
@@ -471,8 +543,8 @@ def test_an_interrupt_saves_and_says_how_to_go_on(
 
 
 def test_an_interrupt_waits_for_a_border(tmp_path: Path) -> None:
-    def steps(first: int, state: dict[str, Any]) -> Generator[Step, Metrics | None, None]:
-        usual = on_step(5, lambda: signal.raise_signal(signal.SIGINT))(first, state)
+    def steps(first: int, *before: Any) -> Generator[Step, Metrics | None, None]:
+        usual = on_step(5, lambda: signal.raise_signal(signal.SIGINT))(first, *before)
         for number in itertools.count(first + 1):
             yield replace(next(usual), may_save=number % 4 == 0)
 
@@ -582,8 +654,8 @@ class Clock:
         self.now = 0.0
         patched.setattr(time, "perf_counter", lambda: self.now)
 
-    def steps(self, first: int, state: dict[str, Any]) -> Generator[Step, Metrics | None, None]:
-        for step in row_steps(random_rows, 4, 2)(first, state):
+    def steps(self, first: int, *before: Any) -> Generator[Step, Metrics | None, None]:
+        for step in row_steps(random_rows, 4, 2)(first, *before):
             self.now += 2.0
             yield step
 
@@ -612,8 +684,8 @@ def test_the_number_of_steps_is_measured_once(
     Training(tmp_path / "a", steps=clock.steps, config=config).fit()
     reference = Training(tmp_path / "a", config=config)
 
-    def killed(first: int, state: dict[str, Any]) -> Generator[Step, Metrics | None, None]:
-        usual = clock.steps(first, state)
+    def killed(first: int, *before: Any) -> Generator[Step, Metrics | None, None]:
+        usual = clock.steps(first, *before)
         for _ in range(killed_at):
             yield next(usual)
         raise Killed

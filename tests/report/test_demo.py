@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from fledge.errors import UserError
-from fledge.report import duration, printable, rough, running_mean, thinned, write_demo_report
+from fledge.report.demo import write_demo_report
 
 SUMMARIES = {
     "email.message.Message.get_all": "Return a list of all the values for the named field.",
@@ -443,37 +443,3 @@ def test_long_runs_are_thinned(demo: Path) -> None:
     rows = [{"step": s, "tokens": s * 4096, "loss": 1 + math.sin(s), "lr": 0.1} for s in range(1, 40_001)]
     write_jsonl(demo / "base/metrics.jsonl", rows)
     assert len(report(demo)) < 600_000
-
-
-def test_thinned_keeps_the_ends_and_the_order() -> None:
-    values = [float(i) for i in range(10_000)]
-    kept = thinned(values, 600)
-    assert len(kept) == 600 and kept[0] == 0 and kept[-1] == 9999
-    assert kept == sorted(set(kept))
-    assert thinned([3.0, 1.0], 600) == [3.0, 1.0]
-
-
-def test_running_mean_by_hand() -> None:
-    assert running_mean([1.0, 2.0, 6.0, 1.0], 3) == pytest.approx([1.5, 3.0, 3.0, 3.5])
-    assert running_mean([5.0], 3) == [5.0]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0 s"),
-        (42.4, "42 s"),
-        (60, "1 min"),
-        (563.8, "9 min 24 s"),
-        (3600, "1 h"),
-        (7325, "2 h 2 min 5 s"),
-    ],
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-def test_rough_and_printable() -> None:
-    assert (rough(5_607_680), rough(331_742)) == ("5.6 million", "331,742")
-    assert printable("a\tb\n\x00\ud800") == "a\tb\n\\x00\\ud800"
-    assert printable(None) is None
