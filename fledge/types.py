@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NotRequired, Protocol, TypedDict
+from typing import Any, Literal, NamedTuple, NotRequired, Protocol, TypedDict
 
 import torch
 from torch import Tensor
 
-FinishReason = Literal["stop", "length", "context"]
+FinishReason = Literal["stop", "length", "context", "cancelled"]
 
 
 class Message(TypedDict):
@@ -58,20 +58,49 @@ class Batch:
         return {"tokens": int(self.loss_mask[:, 1:].sum()), "sequences": self.input_ids.shape[0]}
 
 
+class Token(NamedTuple):
+    """One token that was chosen, or read: log-probabilities in nats.
+
+    `logp` is the model's own (log-softmax of its raw scores, fp32), `sampled_logp` that of the
+    distribution the token was taken from (after penalties, bans, temperature, top-k, ...; at temperature
+    0 after the penalties and bans). `top` has the most probable ids with their `logp`, best first.
+    """
+
+    id: int
+    logp: float
+    sampled_logp: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(frozen=True)
 class Completion:
     """What a `TokenGenerator` made: ids without the stop token, the raw log-probability of each id
     under the model, and why it ended (`stop`: a stop id or string; `length`: `max_tokens`;
-    `context`: no room left in the model's context)."""
+    `context`: no room left in the model's context; `cancelled`: nobody wanted more).
+
+    The other lists are as long as `ids` and hold the parts of `Token`. `stop_token` is the stop id that
+    ended it, if one did. `echoed`: the prompt's tokens from the second on, where `echo` asked for them.
+    """
 
     ids: list[int]
     logps: list[float]
     finish_reason: FinishReason
+    sampled_logps: list[float] = field(default_factory=list)
+    top_logps: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    stop_token: Token | None = None
+    echoed: list[Token] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request is decoded. Temperature 0 is greedy."""
+    """How one request is decoded. Temperature 0 is greedy.
+
+    `repetition_penalty` (1: none) looks at prompt and completion, `presence_penalty` and
+    `frequency_penalty` (0: none) at the completion. `logit_bias` adds to the scores of ids; -100 bans an
+    id, 100 leaves only such ids to choose from. `banned` are id sequences that are never made.
+    `min_tokens` come before any end. `n` completions a prompt; `top_logprobs` alternatives a token;
+    `echo` gives the log-probabilities of the prompt too.
+    """
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -80,19 +109,27 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = field(default=())
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    banned: tuple[tuple[int, ...], ...] = ()
+    min_tokens: int = 0
+    n: int = 1
+    top_logprobs: int = 0
+    echo: bool = False
 
 
 class TokenGenerator(Protocol):
     """Token ids in; ids, log-probabilities and finish reasons out."""
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completion]:
-        """One completion a prompt, in the prompts' order."""
+        """`params.n` completions a prompt, in the prompts' order."""
         ...
 
-    def stream(
-        self, prompt: Sequence[int], params: SamplingParams
-    ) -> Iterator[tuple[int, float] | FinishReason]:
-        """(id, log-probability) as each token is made, then the finish reason."""
+    def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[Token | FinishReason]:
+        """Each token as it is made, then the finish reason; closing the iterator cancels the rest."""
         ...
 
 

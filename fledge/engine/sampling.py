@@ -1,10 +1,15 @@
-"""From scores to a chosen token: temperature, top-k, top-p, then one seeded draw a row.
+"""From scores to a chosen token, with settings of its own for every row of a batch.
 
-The functions are batched, their parameters are tensors with one value a row, and their order is that
-of `transformers`. A row's randomness comes from its own generator, so what a row draws depends on
-its seed and number alone, never on its neighbours.
+The processors come in the order of `transformers`' `generate` (5.23, `_get_logits_processor`; frequency and
+presence, which it lacks, follow the repetition penalty as in vLLM), each left out when no row needs it:
 
-Shape suffixes: B rows, V vocabulary.
+    logit bias, repetition penalty, frequency and presence penalty, banned sequences, minimum length,
+    then, for rows that sample: temperature, top-k, top-p, min-p.
+
+A row's random number is a hash of its seed, its number and its position: no state, so rows may join, leave,
+fork and roll back, and what a row draws never depends on its neighbours.
+
+Shape suffixes: B rows, V vocabulary, T tokens of the longest row, N (row, id) pairs.
 """
 
 from __future__ import annotations
@@ -12,109 +17,234 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from fledge.engine import processors
 from fledge.errors import UserError
-from fledge.types import SamplingParams
+from fledge.types import SamplingParams, Token
 
-# The smallest divisor: below it a temperature would round to zero in fp32.
-_MIN_TEMPERATURE = 1e-30
-# A top-k that keeps every token.
-_EVERY = 2**31 - 1
+# A bias of this size is a ban or, positive, a command.
+FULL_BIAS = 100.0
 
 
-def validate(params: SamplingParams) -> None:
-    """Raise UserError for a value that means nothing."""
+def validate(params: SamplingParams, vocab_size: int | None = None) -> None:
+    """Raise UserError for a value that means nothing, or (given its size) an id outside the vocabulary."""
     if not (math.isfinite(params.temperature) and params.temperature >= 0):
         raise UserError(f"temperature {params.temperature} is not a number >= 0; 0 is greedy")
     if params.top_k is not None and params.top_k < 1:
         raise UserError(f"top_k {params.top_k} is below 1; leave it out to consider every token")
     if params.top_p is not None and not 0 < params.top_p <= 1:
         raise UserError(f"top_p {params.top_p} is not in (0, 1]; 1 keeps every token")
-    if params.max_tokens < 1:
+    if params.min_p is not None and not 0 <= params.min_p <= 1:
+        raise UserError(f"min_p {params.min_p} is not in [0, 1]; 0 keeps every token")
+    if not (math.isfinite(params.repetition_penalty) and params.repetition_penalty > 0):
+        raise UserError(f"repetition_penalty {params.repetition_penalty} is not a number > 0; 1 is none")
+    for name in ("presence_penalty", "frequency_penalty"):
+        if not math.isfinite(getattr(params, name)):
+            raise UserError(f"{name} {getattr(params, name)} is not a finite number; 0 is none")
+    if params.max_tokens < (0 if params.echo else 1):
         raise UserError(f"max_tokens {params.max_tokens} is below 1")
+    if not 0 <= params.min_tokens <= params.max_tokens:
+        raise UserError(f"min_tokens {params.min_tokens} is not between 0 and max_tokens {params.max_tokens}")
+    if params.n < 1:
+        raise UserError(f"n {params.n} is below 1; it is how many completions to make")
+    if params.top_logprobs < 0:
+        raise UserError(f"top_logprobs {params.top_logprobs} is below 0")
     if "" in params.stop:
         raise UserError("a stop string is empty; it would end every answer before its first character")
+    if () in params.banned:
+        raise UserError("a banned sequence is empty; it has no token to ban")
+    for token_id, bias in params.logit_bias.items():
+        if not -FULL_BIAS <= bias <= FULL_BIAS:
+            raise UserError(f"logit_bias of token {token_id} is {bias}; it must be between -100 and 100")
+    if vocab_size is not None:
+        _validate_ids(params, vocab_size)
 
 
-def apply_temperature(logits_BV: Tensor, temperature_B: Tensor) -> Tensor:
-    """Divide by the temperature (> 0), after a shift that keeps the quotient from overflowing."""
-    shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
-    return shifted_BV / temperature_B.clamp(min=_MIN_TEMPERATURE)[:, None]
+def _validate_ids(params: SamplingParams, vocab_size: int) -> None:
+    banned = {token_id for sequence in params.banned for token_id in sequence}
+    for name, ids in (("logit_bias", params.logit_bias), ("stop_ids", params.stop_ids), ("banned", banned)):
+        if unknown := sorted(token_id for token_id in ids if not 0 <= token_id < vocab_size):
+            raise UserError(
+                f"{name}: token {unknown[0]} is unknown; the model's ids go from 0 to {vocab_size - 1}"
+            )
 
 
-def apply_top_k(logits_BV: Tensor, k_B: Tensor) -> Tensor:
-    """Set all but the k highest scores of each row to -inf (scores equal to the k-th all stay)."""
-    k_B = k_B.clamp(max=logits_BV.shape[1])
-    highest_BK = logits_BV.topk(int(k_B.max()), dim=-1).values
-    return logits_BV.masked_fill(logits_BV < highest_BK.gather(1, k_B[:, None] - 1), -math.inf)
+def uniform(seed: int, number: int, sample: int, position: int) -> float:
+    """A number in [0, 1), the same on every machine: for token `position` of the completion `sample` of the
+    request `number` of a call with `seed`."""
+    digest = hashlib.sha256(f"sampling/{seed}/{number}/{sample}/{position}".encode()).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53
 
 
-def apply_top_p(logits_BV: Tensor, p_B: Tensor) -> Tensor:
-    """Keep the fewest most probable tokens of each row whose probabilities sum to p or more
-    (Holtzman et al. 2020), at least one; the rest become -inf."""
-    sorted_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
-    probs_BV = sorted_BV.softmax(-1)
-    mass_before_BV = probs_BV.cumsum(-1) - probs_BV
-    remove_BV = (mass_before_BV >= p_B[:, None]) & (p_B < 1)[:, None]
-    remove_BV[:, 0] = False
-    return logits_BV.masked_fill(remove_BV.scatter(1, order_BV, remove_BV), -math.inf)
+@dataclass
+class Row:
+    """What choosing a row's next token depends on: `ids` are the prompt's and those made so far."""
 
+    params: SamplingParams
+    ids: list[int]
+    prompt_tokens: int
+    end_ids: frozenset[int] = field(default=frozenset())
+    number: int = 0
+    sample: int = 0
 
-def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """One token id a row (B,) by inverting softmax's cumulative distribution at `uniform_B` in [0, 1)."""
-    cdf_BV = logits_BV.softmax(-1).cumsum(-1, dtype=torch.float64)
-    total_B1 = cdf_BV[:, -1:]
-    below = torch.nextafter(total_B1, torch.zeros_like(total_B1))
-    # The first id whose cumulative probability exceeds the target always has a probability above zero.
-    return torch.searchsorted(cdf_BV, torch.minimum(uniform_B[:, None] * total_B1, below), right=True)[:, 0]
-
-
-def generator_for(seed: int, row: int) -> torch.Generator:
-    """The random numbers of one request: row `row` of a call with `seed`."""
-    digest = hashlib.sha256(f"sampling/{seed}/{row}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+    @property
+    def made(self) -> int:
+        """How many tokens were made."""
+        return len(self.ids) - self.prompt_tokens
 
 
 class Sampler:
-    """Chooses the next token of every row of a batch; rows leave by `select`."""
+    """Chooses the next token of every row of a batch. Make another when rows join, leave or change places."""
 
-    def __init__(self, params: Sequence[SamplingParams], rows: Sequence[int], device: torch.device) -> None:
-        """`params` has one entry a row; `rows` are the rows' numbers in the whole request."""
-        self.params = list(params)
-        self.generators = [generator_for(p.seed, row) for p, row in zip(params, rows, strict=True)]
-        self.device = device
-        self._gather()
+    def __init__(self, rows: Sequence[Row], device: torch.device) -> None:
+        """Gather one parameter tensor a setting; None for a setting that no row uses."""
+        self.rows, self.device = list(rows), device
+        settings = [row.params for row in rows]
+        self.greedy_B = self._tensor([p.temperature == 0 for p in settings], torch.bool)
+        self.all_greedy = all(p.temperature == 0 for p in settings)
+        self.temperature_B = self._tensor([p.temperature or 1.0 for p in settings])
+        self.top_k_B = self._used([p.top_k or processors.EVERY for p in settings], processors.EVERY)
+        self.top_p_B = self._used([p.top_p or 1.0 for p in settings], 1.0)
+        self.min_p_B = self._used([p.min_p or 0.0 for p in settings], 0.0)
+        self.repetition_B = self._used([p.repetition_penalty for p in settings], 1.0)
+        self.presence_B = self._used([p.presence_penalty for p in settings], 0.0)
+        self.frequency_B = self._used([p.frequency_penalty for p in settings], 0.0)
+        self.top_logprobs = max(p.top_logprobs for p in settings)
+        self._gather_bias(settings)
+        # What is always banned is found once, what depends on the last tokens at every step.
+        self.always = [(i, s[0]) for i, p in enumerate(settings) for s in p.banned if len(s) == 1]
+        self.has_bans = any(p.banned or p.min_tokens for p in settings)
 
-    def _gather(self) -> None:
-        """One parameter tensor a setting; None for a setting that no row uses."""
-        self.greedy_B = self._tensor([p.temperature == 0 for p in self.params], torch.bool)
-        self.all_greedy = all(p.temperature == 0 for p in self.params)
-        self.temperature_B = self._tensor([p.temperature or 1.0 for p in self.params], torch.float32)
-        top_k, top_p = [p.top_k for p in self.params], [p.top_p or 1.0 for p in self.params]
-        self.top_k_B = self._tensor([k or _EVERY for k in top_k], torch.int64) if any(top_k) else None
-        self.top_p_B = self._tensor(top_p, torch.float32) if min(top_p) < 1 else None
+    def _gather_bias(self, settings: list[SamplingParams]) -> None:
+        pairs = [(i, token, bias) for i, p in enumerate(settings) for token, bias in p.logit_bias.items()]
+        added = [(i, t, -math.inf if b <= -FULL_BIAS else b) for i, t, b in pairs if b < FULL_BIAS]
+        self.bias = (*self._pairs([(i, t) for i, t, _ in added]), self._tensor([b for _, _, b in added]))
+        self.forced = self._pairs([(i, t) for i, t, b in pairs if b >= FULL_BIAS])
 
-    def _tensor(self, values: Sequence[float | bool], dtype: torch.dtype) -> Tensor:
+    @property
+    def needs_history(self) -> bool:
+        """Whether a row's scores depend on the ids that it has."""
+        penalties = (self.repetition_B, self.presence_B, self.frequency_B)
+        return any(penalty_B is not None for penalty_B in penalties)
+
+    def __call__(self, logits_BV: Tensor, history_BT: Tensor | None = None) -> list[Token | UserError]:
+        """The next token of each row for raw fp32 scores; a UserError for a row that has none.
+
+        `history_BT` begins with the rows' ids, right-padded; it is read only where `needs_history`.
+        """
+        normaliser_B = logits_BV.logsumexp(-1)
+        broken_B = ~normaliser_B.isfinite()
+        any_broken = bool(broken_B.any())
+        if any_broken:
+            logits_BV = logits_BV.masked_fill(broken_B[:, None], 0.0)
+        processed_BV = self._process(logits_BV, history_BT)
+        ids_B = best_B = processed_BV.argmax(-1)
+        no_choice_B = processed_BV.gather(1, best_B[:, None])[:, 0] == -math.inf
+        if not self.all_greedy:
+            processed_BV = processed_BV.masked_fill(no_choice_B[:, None], 0.0)
+            warped_BV = self._warp(processed_BV)
+            draws = [uniform(r.params.seed, r.number, r.sample, r.made) for r in self.rows]
+            ids_B = torch.where(
+                self.greedy_B, best_B, processors.draw(warped_BV, self._tensor(draws, torch.float64))
+            )
+            processed_BV = torch.where(self.greedy_B[:, None], processed_BV, warped_BV)
+        raw = (logits_BV.gather(1, ids_B[:, None])[:, 0] - normaliser_B).tolist()
+        if processed_BV is logits_BV:
+            sampled = raw
+        else:
+            sampled_B = processed_BV.gather(1, ids_B[:, None])[:, 0] - processed_BV.logsumexp(-1)
+            sampled = sampled_B.tolist()
+        tops = top_logprobs(logits_BV, normaliser_B, [row.params.top_logprobs for row in self.rows])
+        tokens: list[Token | UserError] = list(map(Token, ids_B.tolist(), raw, sampled, tops))
+        if any_broken:
+            for i in broken_B.nonzero()[:, 0].tolist():
+                tokens[i] = broken_scores()
+        for i in no_choice_B.nonzero()[:, 0].tolist():
+            tokens[i] = UserError("logit_bias and bans leave no token to choose; allow more of them")
+        return tokens
+
+    def _process(self, logits_BV: Tensor, history_BT: Tensor | None) -> Tensor:
+        """Bias, penalties and bans."""
+        if len(self.bias[0]):
+            logits_BV = processors.add_bias(logits_BV, *self.bias)
+        if len(self.forced[0]):
+            logits_BV = processors.keep_only(logits_BV, *self.forced)
+        if self.needs_history:
+            assert history_BT is not None
+            lengths_B = self._tensor([len(row.ids) for row in self.rows], torch.int64)
+            history_BT = history_BT[: len(self.rows), : max(len(row.ids) for row in self.rows)]
+            if self.repetition_B is not None:
+                logits_BV = processors.penalise_repetition(
+                    logits_BV, history_BT, lengths_B, self.repetition_B
+                )
+            if self.presence_B is not None or self.frequency_B is not None:
+                starts_B = self._tensor([row.prompt_tokens for row in self.rows], torch.int64)
+                none_B = torch.zeros(len(self.rows), device=self.device)
+                presence_B = none_B if self.presence_B is None else self.presence_B
+                frequency_B = none_B if self.frequency_B is None else self.frequency_B
+                logits_BV = processors.penalise_counts(
+                    logits_BV, history_BT, starts_B, lengths_B, presence_B, frequency_B
+                )
+        if self.has_bans and (banned := self._banned()):
+            logits_BV = processors.ban(logits_BV, *self._pairs(banned))
+        return logits_BV
+
+    def _warp(self, logits_BV: Tensor) -> Tensor:
+        """Temperature and what is cut off, for the rows that sample."""
+        logits_BV = processors.apply_temperature(logits_BV, self.temperature_B)
+        if self.top_k_B is not None:
+            logits_BV = processors.apply_top_k(logits_BV, self.top_k_B)
+        if self.top_p_B is not None:
+            logits_BV = processors.apply_top_p(logits_BV, self.top_p_B)
+        if self.min_p_B is not None:
+            logits_BV = processors.apply_min_p(logits_BV, self.min_p_B)
+        return logits_BV
+
+    def _banned(self) -> list[tuple[int, int]]:
+        """The (row, id) pairs that may not come next."""
+        pairs = list(self.always)
+        for i, row in enumerate(self.rows):
+            for sequence in row.params.banned:
+                start = len(sequence) - 1
+                if start and tuple(row.ids[-start:]) == sequence[:-1]:
+                    pairs.append((i, sequence[-1]))
+            if row.made < row.params.min_tokens:
+                pairs += [(i, token_id) for token_id in row.end_ids]
+        return pairs
+
+    def _tensor(self, values: Sequence[float | bool], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
 
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep only the rows at these places of the batch, in this order."""
-        self.params = [self.params[i] for i in rows]
-        self.generators = [self.generators[i] for i in rows]
-        self._gather()
+    def _used(self, values: Sequence[float], neutral: float) -> Tensor | None:
+        if all(value == neutral for value in values):
+            return None
+        return self._tensor(values, torch.int64 if isinstance(neutral, int) else torch.float32)
 
-    def __call__(self, logits_BV: Tensor) -> Tensor:
-        """The chosen ids (B,) for raw fp32 scores; rows of temperature 0 take the highest score."""
-        best_B = logits_BV.argmax(-1)
-        if self.all_greedy:
-            return best_B
-        warped_BV = apply_temperature(logits_BV, self.temperature_B)
-        if self.top_k_B is not None:
-            warped_BV = apply_top_k(warped_BV, self.top_k_B)
-        if self.top_p_B is not None:
-            warped_BV = apply_top_p(warped_BV, self.top_p_B)
-        uniform_B = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in self.generators])
-        return torch.where(self.greedy_B, best_B, draw(warped_BV, uniform_B.to(self.device)))
+    def _pairs(self, pairs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        rows, ids = [row for row, _ in pairs], [token_id for _, token_id in pairs]
+        return self._tensor(rows, torch.int64), self._tensor(ids, torch.int64)
+
+
+def top_logprobs(
+    logits_NV: Tensor, normaliser_N: Tensor, counts: Sequence[int]
+) -> list[tuple[tuple[int, float], ...]]:
+    """The `counts[n]` most probable ids of each row with their log-probabilities, best first."""
+    most = min(max(counts), logits_NV.shape[1])
+    if most == 0:
+        return [()] * len(counts)
+    values_NK, ids_NK = logits_NV.topk(most, dim=-1)
+    logps = (values_NK - normaliser_N[:, None]).tolist()
+    ids = ids_NK.tolist()
+    return [tuple(zip(ids[n][:k], logps[n][:k], strict=True)) for n, k in enumerate(counts)]
+
+
+def broken_scores() -> UserError:
+    """The error for scores that are NaN or infinite."""
+    return UserError(
+        "the model's scores are not numbers (NaN or infinite): its weights are damaged, "
+        "or its training diverged; use an earlier checkpoint"
+    )

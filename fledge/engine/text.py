@@ -1,21 +1,21 @@
-"""Text over token ids: streaming decoding, stop strings, completions of prompts and of chats."""
+"""Text over token ids: completions of prompts and of chats, whole or as a stream."""
 
 from __future__ import annotations
 
-import codecs
-from bisect import bisect_left
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fledge.engine.engine import Engine
+from fledge.engine.stops import TextStream
 from fledge.errors import UserError
 from fledge.model.checkpoint import eos_ids_of, load_model
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.tokenizer.chat import encode_chat
-from fledge.types import Completion, FinishReason, Message, SamplingParams, TokenGenerator
+from fledge.types import Completion, FinishReason, Message, SamplingParams, Token, TokenGenerator
 
 # The control characters of Unicode (C0, DEL, C1) but for tab and newline.
 _CONTROLS = dict.fromkeys([*range(0x20), *range(0x7F, 0xA0)])
@@ -24,7 +24,8 @@ del _CONTROLS[ord("\t")], _CONTROLS[ord("\n")]
 
 @dataclass(frozen=True)
 class TextCompletion:
-    """A completion as text, without the stop string, and the ids and log-probabilities that made it.
+    """A completion as text, without the stop string, and the ids and log-probabilities that made it
+    (see `Completion`); all are cut at the same token.
 
     When a stop string cut the text, the last id may hold the text's end and the stop string's start.
     """
@@ -33,70 +34,9 @@ class TextCompletion:
     ids: list[int]
     logps: list[float]
     finish_reason: FinishReason
-
-
-class TextStream:
-    """Turns ids into text, one by one, so that all pieces joined are the final text.
-
-    The bytes of an unfinished character are held until they are valid UTF-8; bytes that never will be
-    become U+FFFD. Text that may be the start of a stop string is held until that is decided; the text
-    ends before the stop string that is complete first (of several complete at once, the longest).
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self.text = ""  # what was handed out so far
-        self.stopped = False  # whether a stop string was found: nothing more will come
-        self._tokenizer = tokenizer
-        self._stop = tuple(stop)
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
-        self._decoded_characters: list[int] = []  # after each id
-
-    def push(self, token_id: int) -> str:
-        """Add an id; returns the text that is now certain, "" often."""
-        if self.stopped:
-            return ""
-        decoded = self._decoder.decode(self._bytes(token_id))
-        before = self._decoded_characters[-1] if self._decoded_characters else 0
-        self._decoded_characters.append(before + len(decoded))
-        return self._take(decoded)
-
-    def _bytes(self, token_id: int) -> bytes:
-        if token_id in self._tokenizer.special_ids:  # control tokens have no text, markup (<tool_call>) has
-            return self._tokenizer.decode([token_id], skip_special=True).encode()
-        return self._tokenizer.token_bytes(token_id)
-
-    def finish(self) -> str:
-        """The rest of the text: nothing more will be pushed."""
-        rest = self._take(self._decoder.decode(b"", final=True))
-        held, self._held = self._held, ""
-        self.text += held
-        return rest + held
-
-    @property
-    def num_ids(self) -> int:
-        """How many of the ids the text needs: all, unless a stop string cut it."""
-        if not self.stopped:
-            return len(self._decoded_characters)
-        return bisect_left(self._decoded_characters, len(self.text)) + 1 if self.text else 0
-
-    def _take(self, decoded: str) -> str:
-        self._held += decoded
-        ends = [(self._held.find(stop) + len(stop), -len(stop)) for stop in self._stop if stop in self._held]
-        if ends:
-            end, minus_length = min(ends)
-            piece, self._held, self.stopped = self._held[: end + minus_length], "", True
-        else:
-            kept = max((_overlap(self._held, stop) for stop in self._stop), default=0)
-            cut = len(self._held) - kept
-            piece, self._held = self._held[:cut], self._held[cut:]
-        self.text += piece
-        return piece
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest proper start of `stop` that `text` ends with."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+    sampled_logps: list[float] = field(default_factory=list)
+    top_logps: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    echoed: list[Token] = field(default_factory=list)
 
 
 def complete(
@@ -117,44 +57,54 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 def complete_ids(
     engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], params: SamplingParams
 ) -> list[TextCompletion]:
-    """`complete` for prompts that are already ids."""
-    texts = [TextStream(tokenizer, params.stop) for _ in prompts]
+    """`complete` for prompts that are already ids: `params.n` completions for each."""
+    texts = [TextStream(tokenizer, params.stop, params.min_tokens) for _ in range(len(prompts) * params.n)]
 
-    def should_stop(row: int, token_id: int) -> bool:
-        texts[row].push(token_id)
-        return texts[row].stopped
+    def should_stop(place: int, token_id: int) -> bool:
+        texts[place].push(token_id)
+        return texts[place].stopped
 
     completions = engine.generate(prompts, params, should_stop)
-    for text in texts:
-        text.finish()
-    return [_joined(text, completion) for text, completion in zip(texts, completions, strict=True)]
+    return [joined(text, completion) for text, completion in zip(texts, completions, strict=True)]
 
 
 def stream_ids(
     engine: TokenGenerator, tokenizer: Tokenizer, prompt: Sequence[int], params: SamplingParams
 ) -> Generator[str, None, TextCompletion]:
-    """Yields the pieces of one completion's text as they become certain; its value is the completion."""
-    text, ids, logps = TextStream(tokenizer, params.stop), [], []
+    """Yields the pieces of one completion's text as they become certain; its value is the completion.
+    Closing it cancels the rest."""
+    text = TextStream(tokenizer, params.stop, params.min_tokens)
+    tokens: list[Token] = []
     reason: FinishReason = "stop"
-    for event in engine.stream(prompt, params):
-        if not isinstance(event, tuple):
+    events = engine.stream(prompt, params)
+    for event in events:
+        if not isinstance(event, Token):
             reason = event
             break
-        ids.append(event[0])
-        logps.append(event[1])
-        if piece := text.push(event[0]):
+        tokens.append(event)
+        if piece := text.push(event.id):
             yield piece
         if text.stopped:
             break
     if rest := text.finish():
         yield rest
-    return _joined(text, Completion(ids, logps, reason))
+    ids, logps, sampled, tops = map(list, zip(*tokens, strict=True)) if tokens else ([], [], [], [])
+    return joined(text, Completion(ids, logps, reason, sampled, tops))
 
 
-def _joined(text: TextStream, completion: Completion) -> TextCompletion:
+def joined(text: TextStream, completion: Completion) -> TextCompletion:
+    """A completion whose ids were all pushed into `text`; what a stop string cut off is left out."""
+    text.finish()
     kept = text.num_ids
-    reason: FinishReason = "stop" if text.stopped else completion.finish_reason
-    return TextCompletion(text.text, completion.ids[:kept], completion.logps[:kept], reason)
+    return TextCompletion(
+        text.text,
+        completion.ids[:kept],
+        completion.logps[:kept],
+        "stop" if text.stopped else completion.finish_reason,
+        completion.sampled_logps[:kept],
+        completion.top_logps[:kept],
+        completion.echoed,
+    )
 
 
 class LocalChat:
@@ -171,9 +121,9 @@ class LocalChat:
         self.tokenizer = tokenizer
         self._end_of_turn_id = tokenizer.end_of_turn_id
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> list[int]:
         """The ids that the model reads before it answers."""
-        return encode_chat(self.tokenizer, messages, add_generation_prompt=True).ids
+        return encode_chat(self.tokenizer, messages, tools, add_generation_prompt=True).ids
 
     def reply(self, messages: Sequence[Message], params: SamplingParams) -> TextCompletion:
         """The assistant's next turn."""
@@ -220,7 +170,8 @@ def load_engine(
             f"{model.config.vocab_size}; the files are of different models"
         )
     eos_ids = eos_ids_of(directory) or [tokenizer.eos_id]
-    return Engine(model.to(device or torch.device("cpu")), eos_ids, batch_size), tokenizer
+    model = model.to(device or torch.device("cpu"))
+    return Engine(model, eos_ids, batch_size, keep_cache=True), tokenizer
 
 
 def terminal_safe(text: str) -> str:

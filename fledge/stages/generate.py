@@ -1,15 +1,26 @@
-"""`fledge generate`: a model continues text, or answers it as a chat turn."""
+"""`fledge generate`: a model continues text, or answers it as a chat turn; one prompt or a file of them."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fledge.config import to_toml
 from fledge.device import pick_device
+from fledge.engine import batch
 from fledge.engine.engine import Engine
+from fledge.engine.sampling import validate
+from fledge.engine.settings import banned_sequences, logit_bias, split_biases
 from fledge.engine.text import (
     LocalChat,
     TextCompletion,
@@ -20,8 +31,11 @@ from fledge.engine.text import (
     terminal_safe,
 )
 from fledge.errors import UserError
+from fledge.files import sha256
 from fledge.tokenizer.bpe import Tokenizer
-from fledge.types import Message, SamplingParams
+from fledge.types import Message, SamplingParams, Token
+
+QUIET_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,22 +48,52 @@ class Config:
     """Texts to continue; `-` reads one from stdin. An empty text starts a new document."""
     prompt_file: Path | None = None
     """UTF-8 file whose whole content is one more prompt (without its last line break)."""
+    batch: Path | None = None
+    """JSONL file of {"prompt": ...} or {"messages": [...]} rows, each with sampling settings if it likes."""
+    out: Path | None = None
+    """File for the completions of --batch; a killed command goes on when it is run again."""
+    strict: bool = False
+    """End at the first bad row of --batch, instead of writing {"error": ...} for it."""
+    overwrite: bool = False
+    """Replace what --out holds."""
     chat: bool = False
     """Give each prompt to the model as a user's turn and print the assistant's answer."""
+    echo: bool = False
+    """Print the prompt before its continuation; with --show-logprobs, score it too."""
+    show_logprobs: int | None = None
+    """Show the probability of each token and of this many alternatives, on stderr (0: none)."""
     temperature: float = 0.8
     """Randomness: 0 always takes the most probable token (greedy), 1 samples from the model as it is."""
     top_k: int | None = None
     """Sample among this many most probable tokens only."""
     top_p: float | None = None
     """Sample among the fewest tokens whose probabilities sum to this."""
+    min_p: float | None = None
+    """Sample among tokens at least this share as probable as the most probable one."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes every token of prompt and continuation less probable to come again; 1 is none."""
+    presence_penalty: float = 0.0
+    """Subtracted from the score of every token that the continuation has; negative invites repetition."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's score for each time that the continuation has it."""
+    logit_bias: tuple[str, ...] = ()
+    """TOKEN=BIAS (an id, or text that is one token): added to its score; -100 bans it, 100 forces it."""
+    ban: tuple[str, ...] = ()
+    """Words that are never written, as the tokens they have at a line's start and behind a space."""
+    min_tokens: int = 0
+    """Tokens before a continuation may end."""
     max_tokens: int = 256
     """Longest continuation in tokens."""
     seed: int = 0
     """The same seed, prompts and settings give the same texts."""
     stop: tuple[str, ...] = ()
     """Texts that end a continuation; they are not printed."""
+    stop_ids: tuple[int, ...] = ()
+    """Token ids that end a continuation."""
     n: int = 1
     """Continuations of each prompt."""
+    batch_size: int = 64
+    """Continuations made at once; fewer where memory for their keys and values lacks."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:INDEX or mps."""
 
@@ -58,16 +102,13 @@ def main(config: Config) -> None:
     """Print the continuations: as they are made if there is one and stdout is a terminal."""
     if config.n < 1:
         raise UserError(f"--n {config.n} is below 1")
+    if config.batch is not None:
+        run_batch(config)
+        return
+    if config.out is not None or config.strict or config.overwrite:
+        raise UserError("--out, --strict and --overwrite go with --batch FILE; a continuation is on stdout")
     prompts = list(read_prompts(config))
-    params = SamplingParams(
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        max_tokens=config.max_tokens,
-        seed=config.seed,
-        stop=config.stop,
-    )
-    engine, tokenizer = load_engine(config.model, device=pick_device(config.device))
+    engine, tokenizer, params = load(config)
     if config.chat:
         chat = LocalChat(engine, tokenizer)
         params = chat.until_end_of_turn(params)
@@ -75,13 +116,97 @@ def main(config: Config) -> None:
     else:
         prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     started = time.perf_counter()
-    if len(prompts) == config.n == 1 and sys.stdout.isatty():
+    repeated = [i for i in range(len(prompts)) for _ in range(config.n)]
+    shown = [prompts[i] if config.echo else "" for i in repeated]
+    if len(repeated) == 1 and sys.stdout.isatty() and config.show_logprobs is None:
+        print(terminal_safe(shown[0]), end="", flush=True)
         made = [stream_to_terminal(engine, tokenizer, prompt_ids[0], params)]
     else:
-        repeated = [ids for ids in prompt_ids for _ in range(config.n)]
-        made = complete_ids(engine, tokenizer, repeated, params)
-        print_all([prompt for prompt in prompts for _ in range(config.n)], made)
+        made = complete_ids(engine, tokenizer, prompt_ids, params)
+        print_all([prompts[i] for i in repeated], shown, made)
+    if config.show_logprobs is not None:
+        for completion in made:
+            print_logprobs(tokenizer, completion)
     print_summary(made, time.perf_counter() - started)
+
+
+def load(config: Config) -> tuple[Engine, Tokenizer, SamplingParams]:
+    """The model and the sampling settings."""
+    biases = split_biases(config.logit_bias)
+    params = SamplingParams(
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+        presence_penalty=config.presence_penalty,
+        frequency_penalty=config.frequency_penalty,
+        max_tokens=config.max_tokens,
+        seed=config.seed,
+        stop=config.stop,
+        stop_ids=config.stop_ids,
+        echo=config.echo,
+        top_logprobs=config.show_logprobs or 0,
+        min_tokens=config.min_tokens,
+        n=config.n,
+    )
+    validate(params)
+    device = pick_device(config.device)
+    engine, tokenizer = load_engine(config.model, device=device, batch_size=config.batch_size)
+    banned = banned_sequences(config.ban, tokenizer)
+    return engine, tokenizer, replace(params, banned=banned, logit_bias=logit_bias(biases, tokenizer))
+
+
+def run_batch(config: Config) -> None:
+    """Continue the rows of --batch into --out."""
+    if config.prompt or config.prompt_file is not None:
+        raise UserError("--batch has its own prompts; leave out --prompt and --prompt-file")
+    if config.batch is None or config.out is None:
+        raise UserError("--batch needs --out FILE.jsonl for the completions")
+    if config.out.exists() and config.out.samefile(config.batch):
+        raise UserError(f"{config.out}: is the file of --batch itself; choose another --out")
+    started = time.perf_counter()
+    engine, tokenizer, params = load(config)
+    jobs = batch.read_jobs(config.batch, engine, tokenizer, params, config.chat, config.strict)
+    with batch_progress() as progress:
+        counts = batch.run_batch(
+            engine, tokenizer, jobs, config.out, job_id(config), config.strict, config.overwrite, progress
+        )
+    kept = f", {counts['kept']:,} of them from before" if counts["kept"] else ""
+    errors = f", {counts['errors']:,} with an error" if counts["errors"] else ""
+    rate = counts["tokens"] / max(time.perf_counter() - started, 1e-9)
+    print(f"{counts['rows']:,} rows{kept}{errors}; {rate:,.0f} tokens/s; {config.out}", file=sys.stderr)
+
+
+def job_id(config: Config) -> str:
+    """What decides the rows of --out: the input's content, the settings, and the model's files."""
+    assert config.batch is not None
+    settings = replace(config, overwrite=False, batch=None, out=None, device="auto", batch_size=1)
+    files = sorted(path for path in config.model.iterdir() if path.is_file())
+    stamps = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    text = "\n".join([to_toml(settings), *stamps, sha256([config.batch])])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextmanager
+def batch_progress() -> Iterator[batch.Progress]:
+    """A bar on a terminal, a line every ten seconds elsewhere."""
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    started = printed = time.monotonic()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("rows")
+
+        def show(done: int, total: int, tokens: int) -> None:
+            nonlocal printed
+            now = time.monotonic()
+            figures = f"rows, {tokens / max(now - started, 1e-9):,.0f} tokens/s"
+            bar.update(task, completed=done, total=total, description=figures)
+            if not console.is_terminal and now - printed >= QUIET_SECONDS:
+                printed = now
+                print(f"{done:,} of {total:,} {figures}", file=sys.stderr, flush=True)
+
+        yield show
 
 
 def read_prompts(config: Config) -> Iterator[str]:
@@ -124,14 +249,28 @@ def stream_to_terminal(
         print(terminal_safe(piece), end="", flush=True)
 
 
-def print_all(prompts: list[str], made: list[TextCompletion]) -> None:
-    """Texts on stdout; between them, on stderr, which prompt each belongs to."""
+def print_all(prompts: list[str], shown: list[str], made: list[TextCompletion]) -> None:
+    """Texts on stdout, each behind what is `shown` of its prompt; between them, on stderr, which prompt
+    each belongs to."""
     safe = terminal_safe if sys.stdout.isatty() else str
-    for i, (prompt, completion) in enumerate(zip(prompts, made, strict=True), start=1):
+    for i, (prompt, before, completion) in enumerate(zip(prompts, shown, made, strict=True), start=1):
         if len(made) > 1:
             start = terminal_safe(prompt.replace("\n", " "))[:60]
             print(f"--- {i} of {len(made)}: {start}", file=sys.stderr, flush=True)
-        print(safe(completion.text), flush=True)
+        print(safe(before + completion.text), flush=True)
+
+
+def print_logprobs(tokenizer: Tokenizer, made: TextCompletion) -> None:
+    """A line for each token, on stderr: its probability, and the most probable ones in its place."""
+
+    def shown(token_id: int, logp: float) -> str:
+        return f"{math.exp(logp):7.2%} {json.dumps(tokenizer.decode([token_id]), ensure_ascii=False)}"
+
+    parts = zip(made.ids, made.logps, made.sampled_logps, made.top_logps, strict=True)
+    for token in (*made.echoed, *(Token(*part) for part in parts)):
+        others = [shown(*alternative) for alternative in token.top]
+        line = " ".join([shown(token.id, token.logp), *(["|", *others] if others else [])])
+        print(terminal_safe(line), file=sys.stderr)
 
 
 def print_summary(made: list[TextCompletion], seconds: float) -> None:

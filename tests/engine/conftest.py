@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import torch
 from fledge.model.config import ModelConfig
 from fledge.model.transformer import CausalLM
 from fledge.tokenizer.bpe import Tokenizer, train_bpe
+
+from .. import models
 
 TEXT = "The café sells naïve 漢字 books. The cats sat; the cats ate. Hello, hello 🙂🙂! "
 
@@ -40,19 +43,4 @@ ChainModel = Callable[[Mapping[int, int]], CausalLM]
 @pytest.fixture(scope="session")
 def chain_model(tokenizer: Tokenizer) -> ChainModel:
     """A model that follows each id with the one that a table gives; any other id with end of turn."""
-
-    def make(followers: Mapping[int, int]) -> CausalLM:
-        size = tokenizer.vocab_size
-        config = ModelConfig("llama", size, size, 4, 1, 1, 1, 4, 128, tie_word_embeddings=False)
-        model = CausalLM(config).eval()
-        assert tokenizer.end_of_turn_id is not None
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.fill_(1.0 if parameter.ndim == 1 else 0.0)
-            model.model.embed_tokens.weight.copy_(torch.eye(size))
-            model.lm_head.weight[tokenizer.end_of_turn_id] = 10.0
-            for before, after in followers.items():
-                model.lm_head.weight[after, before] = 20.0
-        return model
-
-    return make
+    return partial(models.chain_model, tokenizer)

@@ -81,7 +81,7 @@ def test_a_stream_gives_what_generate_gives(model: CausalLM, params: SamplingPar
         params = SamplingParams(params.temperature, max_tokens=12, seed=params.seed, stop_ids=stop_ids)
         *tokens, reason = engine.stream([4, 5], params)
         made = engine.generate([[4, 5]], params)[0]
-        assert [(token, logp) for token, logp in tokens] == list(zip(made.ids, made.logps, strict=True))
+        assert [(token.id, token.logp) for token in tokens] == list(zip(made.ids, made.logps, strict=True))
         assert reason == made.finish_reason == ("stop" if stop_ids else "length")
 
 
@@ -109,10 +109,8 @@ def test_a_shared_prefix_is_read_once_and_changes_nothing(
     made = Engine(model, [], batch_size=4).generate(prompts, SamplingParams(temperature=0.0, max_tokens=5))
     for one, other in zip(made, expected, strict=True):
         assert_same(one, other)
-    shared = length >= 32
-    saved = 5 * length if shared else 0  # six prompts read it once
+    saved = 5 * length if length >= 32 else 0  # six prompts read it once
     assert sum(read) == sum(map(len, prompts)) - saved + 6 * 4
-    assert (read[0] == length) == shared
 
 
 def test_equal_long_prompts_share_all_but_the_last_token(model: CausalLM) -> None:
@@ -144,8 +142,7 @@ def test_ended_rows_leave_the_batch(model: CausalLM, monkeypatch: pytest.MonkeyP
     made = Engine(model, []).generate([[row, 7] for row in range(16)], params, should_stop)
     assert [len(completion.ids) for completion in made] == list(ends.values())
     assert {completion.finish_reason for completion in made} == {"stop"}
-    assert len(sizes) == 15 and sizes == sorted(sizes, reverse=True)
-    assert sum(sizes) < 1.4 * sum(range(16))  # of 15 x 16 without leaving
+    assert sizes == list(range(15, 0, -1))
     for row, completion in enumerate(made):
         assert_same(completion, Completion(*by_hand_parts(model, [row, 7], ends[row]), "stop"))
 

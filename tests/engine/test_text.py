@@ -97,6 +97,19 @@ def test_the_text_ends_before_the_first_stop_string(text: str, stop: list[str]) 
             assert stream.num_ids == len(ids)
 
 
+@given(TEXTS, STOPS, st.integers(0, 12))
+def test_no_stop_string_is_looked_for_in_the_first_tokens(text: str, stop: list[str], least: int) -> None:
+    ids = byte_ids(text)
+    stream = TextStream(TOKENIZER, stop, least)
+    pieces = [stream.push(token) for token in ids]
+    pieces.append(stream.finish())
+    assert "".join(pieces) == stream.text
+    # Characters that are whole within the first tokens; a character cut there belongs to what follows.
+    first = text.encode()[:least].decode(errors="ignore")
+    assert stream.text == first + expected_text(text[len(first) :], stop)
+    assert stream.num_ids >= min(least, len(ids))
+
+
 def test_text_that_may_be_a_stop_string_is_held() -> None:
     text = TextStream(TOKENIZER, ["abc", "b!"])
     pushed = [text.push(token) for token in byte_ids("xabxabc")]
@@ -130,7 +143,7 @@ def test_batched_and_streamed_texts_are_the_same(
     stop: tuple[str, ...], seed: int, model: CausalLM, tokenizer: Tokenizer
 ) -> None:
     engine = Engine(model, [tokenizer.eos_id])
-    params = SamplingParams(max_tokens=24, seed=seed, stop=stop)
+    params = SamplingParams(max_tokens=24, seed=seed, stop=stop, top_logprobs=1)
     prompts = ["The cats", "", "Hello, 漢字", "x"]
     made = complete(engine, tokenizer, prompts, params)
     ids = [tokenizer.encode("The cats"), [tokenizer.eos_id], *map(tokenizer.encode, prompts[2:])]
@@ -142,7 +155,8 @@ def test_batched_and_streamed_texts_are_the_same(
     assert first.logps == pytest.approx(made[0].logps, abs=1e-4)
     for completion in made:
         assert not any(s in completion.text for s in stop)
-        assert len(completion.ids) == len(completion.logps)
+        assert len(completion.ids) == len(completion.logps) == len(completion.sampled_logps)
+        assert [len(top) for top in completion.top_logps] == [1] * len(completion.ids)
         whole = tokenizer.decode(completion.ids, skip_special=True)
         assert whole.startswith(completion.text.rstrip("\ufffd"))
         if completion.finish_reason == "length":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
-import itertools
+import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,32 +16,17 @@ from fledge.cli import main
 from fledge.model.checkpoint import save_model
 from fledge.model.config import ModelConfig
 from fledge.model.transformer import CausalLM
-from fledge.tokenizer.bpe import Tokenizer, train_bpe
+from fledge.tokenizer.bpe import train_bpe
+
+from ..models import save_chain_model
 
 Capture = pytest.CaptureFixture[str]
-
-
-def save_chain_model(directory: Path, tokenizer: Tokenizer, text: str) -> None:
-    """A model that writes `text` (all characters different) after a line break; else it ends its turn."""
-    size, ids = tokenizer.vocab_size, tokenizer.encode("\n" + text)
-    assert len(set(ids)) == len(ids)
-    model = CausalLM(ModelConfig("llama", size, size, 4, 1, 1, 1, 4, 64, tie_word_embeddings=False))
-    assert tokenizer.end_of_turn_id is not None
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(1.0 if parameter.ndim == 1 else 0.0)
-        model.model.embed_tokens.weight.copy_(torch.eye(size))
-        model.lm_head.weight[tokenizer.end_of_turn_id] = 10.0
-        for before, after in itertools.pairwise(ids):
-            model.lm_head.weight[after, before] = 20.0
-    directory.mkdir()
-    save_model(directory, model, tokenizer, {"stage": "sft"}, [tokenizer.end_of_turn_id, tokenizer.eos_id])
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("generate") / "model"
-    save_chain_model(directory, train_bpe(["aa"], 265), "Ok, yes:é🙂!")
+    save_chain_model(directory, train_bpe(["aa"], 265), "Ok, yes:é🙂!", context=64)
     return directory
 
 
@@ -167,6 +154,23 @@ def test_a_model_does_not_control_the_terminal(
         (["--prompt", "a", "--max-tokens", "0"], "max_tokens"),
         (["--prompt", "a", "--stop", ""], "stop string is empty"),
         (["--prompt", "a", "--n", "0"], "--n 0"),
+        (["--prompt", "a", "--min-p", "2"], "min_p 2.0"),
+        (["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty 0.0"),
+        (["--prompt", "a", "--presence-penalty", "nan"], "presence_penalty nan"),
+        (["--prompt", "a", "--min-tokens", "300"], "min_tokens 300"),
+        (["--prompt", "a", "--show-logprobs", "-1"], "top_logprobs -1"),
+        (["--prompt", "a", "--logit-bias", "7"], "'7' is not of the form TOKEN=BIAS"),
+        (["--prompt", "a", "--logit-bias", "900=1"], "token 900 is unknown"),
+        (["--prompt", "a", "--logit-bias", "5=-101"], "logit_bias of token 5 is -101.0"),
+        (["--prompt", "a", "--stop-ids", "900"], "stop_ids: token 900 is unknown"),
+        (["--prompt", "a", "--ban", ""], "banned word is empty"),
+        (["--prompt", "a", "--batch-size", "0"], "batch_size 0"),
+        (["--prompt", "a", "--out", "FOLDER/o.jsonl"], "--out, --strict and --overwrite go with --batch"),
+        (["--prompt", "a", "--batch", "FOLDER/b.jsonl"], "--batch has its own prompts"),
+        (["--batch", "FOLDER/b.jsonl"], "--batch needs --out"),
+        (["--batch", "FOLDER/no.jsonl", "--out", "FOLDER/o.jsonl"], "no.jsonl: no such file"),
+        (["--batch", "FOLDER/b.jsonl", "--out", "FOLDER/b.jsonl"], "is the file of --batch itself"),
+        (["--batch", "FOLDER/b.jsonl", "--out", "FOLDER/o.jsonl", "--strict"], "b.jsonl:2: not valid JSON"),
         (["--prompt", "a", "--model", "FOLDER/none"], "no such model directory"),
         (["--prompt", "a", "--device", "abacus"], "abacus"),
     ],
@@ -175,6 +179,7 @@ def test_mistakes_are_one_line(
     flags: list[str], message: str, model: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     (tmp_path / "latin.txt").write_bytes("fine\ncafé\n".encode("latin-1"))
+    (tmp_path / "b.jsonl").write_text('{"prompt": "a"}\n{"prompt"\n')
     flags = [flag.replace("FOLDER", str(tmp_path)) for flag in flags]
     model_flags = [] if "--model" in flags else ["--model", str(model)]
     assert main(["generate", *model_flags, *flags]) == 2
@@ -182,6 +187,93 @@ def test_mistakes_are_one_line(
     assert printed.out == ""
     assert printed.err.startswith("fledge generate: error: ") and message in printed.err
     assert printed.err.count("\n") == 1
+
+
+def test_biases_and_bans(model: Path, capsys: Capture) -> None:
+    def made(*flags: str) -> str:
+        assert run(model, "--prompt", "\n", "--temperature", "0", "--max-tokens", "6", *flags) == 0
+        return capsys.readouterr().out.removesuffix("\n")
+
+    assert made() == "Ok, ye"
+    assert made("--ban", "k") == "O"
+    assert made("--ban", "y", "Ok,") == "Ok"
+    assert made("--logit-bias", ",=-100") == "Ok"
+    assert made("--logit-bias", "Z=100") == "ZZZZZZ"
+    assert made("--logit-bias", "O=5", "--repetition-penalty", "0.01") == "OOOOOO"
+    both = ["--logit-bias", "k=100", ",=100"]  # the comma has the lower id, so it wins a tie
+    assert made(*both) == ",,,,,,"
+    assert made(*both, "--presence-penalty", "1") == ",k,,,,"
+    assert made(*both, "--frequency-penalty", "1") == ",k,k,k"
+    assert made("--stop-ids", "11") == "Ok"  # the comma of GPT-2's alphabet
+    assert made("--echo") == "\nOk, ye"
+    assert len(made("--ban", "k", "--min-tokens", "4")) >= 4
+
+
+def test_probabilities_are_shown(model: Path, random_model: Path, capsys: Capture) -> None:
+    assert (
+        run(model, "--prompt", "\n", "--temperature", "0", "--max-tokens", "2", "--show-logprobs", "2") == 0
+    )
+    printed = capsys.readouterr()
+    lines = printed.err.splitlines()
+    assert printed.out == "Ok\n" and len(lines) == 3
+    assert lines[0].split()[:5] == ["100.00%", '"O"', "|", "100.00%", '"O"'] and "<|im_end|>" in lines[0]
+    flags = ["--max-tokens", "3", "--stop", "never"]
+    assert run(random_model, "--prompt", "abc", "--echo", "--show-logprobs", "0", *flags) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("abc") and len(printed.err.splitlines()) == 2 + 3 + 1
+    assert all("|" not in line for line in printed.err.splitlines()[:5])
+
+
+def write_rows(path: Path, rows: int) -> list[str]:
+    prompts = [f"{i} " * (i % 5 + 1) for i in range(rows)]
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    return prompts
+
+
+def test_a_batch(model: Path, random_model: Path, tmp_path: Path, capsys: Capture) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(
+        '{"prompt": "\\n", "id": "a"}\n{"messages": [{"role": "user", "content": "?"}]}\n{"x": 1}\n'
+    )
+    flags = ["--batch", str(source), "--out", str(out)]
+    assert run(model, *flags, "--temperature", "0") == 0
+    printed = capsys.readouterr()
+    assert printed.out == "" and "3 rows, 1 with an error" in printed.err
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["completions"][0]["text"] for row in rows[:2]] == ["Ok, yes:é🙂!"] * 2
+    assert rows[0]["id"] == "a" and "prompt" in rows[2]["error"]
+    assert run(model, *flags) == 2 and "exists already" in capsys.readouterr().err
+    # A row gets what the same prompts get as flags.
+    prompts = write_rows(source, 5)
+    assert run(random_model, *flags, "--overwrite", "--temperature", "1", "--max-tokens", "5") == 0
+    capsys.readouterr()
+    assert run(random_model, "--prompt", *prompts, "--temperature", "1", "--max-tokens", "5") == 0
+    texts = [json.loads(line)["completions"][0]["text"] for line in out.read_text().splitlines()]
+    assert capsys.readouterr().out == "".join(text + "\n" for text in texts)
+
+
+@pytest.mark.slow
+def test_a_batch_goes_on_after_kill_9(random_model: Path, tmp_path: Path) -> None:
+    source, whole, out = tmp_path / "in.jsonl", tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    write_rows(source, 120)
+    flags = ["generate", "--model", str(random_model), "--batch", str(source), "--max-tokens", "50"]
+    flags += ["--batch-size", "2"]
+    assert main([*flags, "--out", str(whole)]) == 0
+    journal, kept = tmp_path / "out.jsonl.partial", 0
+    for _ in range(2):
+        code = "import sys, torch; torch.set_num_threads(1); from fledge.cli import main; sys.exit(main())"
+        process = subprocess.Popen([sys.executable, "-c", code, *flags, "--out", str(out)])
+        while process.poll() is None and (
+            not journal.exists() or journal.read_bytes().count(b"\n") < kept + 15
+        ):
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        assert not out.exists()
+        kept = journal.read_bytes().count(b"\n")
+    assert main([*flags, "--seed", "1", "--out", str(out)]) == 2  # another job
+    assert main([*flags, "--out", str(out)]) == 0
+    assert out.read_bytes() == whole.read_bytes() and not journal.exists()
 
 
 def test_invalid_stdin(model: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
