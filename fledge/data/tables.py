@@ -10,7 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from fledge.data.mixture import Account, MixtureSource
+from fledge.data.accounts import Account
+from fledge.data.mixture import MixtureSource
 from fledge.data.sources import list_files
 
 

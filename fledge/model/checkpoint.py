@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,10 @@ from fledge.files import write_json
 from fledge.model.config import ModelConfig
 from fledge.model.transformer import CausalLM
 from fledge.types import ModelFiles
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 * 10**9
 
 
 def weights_of(model: CausalLM) -> dict[str, Tensor]:
@@ -32,16 +38,23 @@ def save_model(
     tokenizer: ModelFiles,
     lineage: dict[str, Any],
     eos_ids: list[int],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a whole model directory into the existing folder `directory` (see `new_directory`)."""
+    """Write a whole model directory into the existing folder `directory` (see `new_directory`).
+
+    The weights keep their type; beyond `max_shard_bytes` they are spread over several files.
+    """
+    dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
     config = {
         **model.config.to_dict(),
+        "dtype": dtype,
+        "torch_dtype": dtype,
         "eos_token_id": eos_ids[0],
         "pad_token_id": None,
         "bos_token_id": None,
     }
     write_json(directory / "config.json", config)
-    save_file(weights_of(model), directory / "model.safetensors", metadata={"format": "pt"})
+    save_weights(directory, weights_of(model), max_shard_bytes)
     generation = {"eos_token_id": eos_ids if len(eos_ids) > 1 else eos_ids[0], "do_sample": False}
     write_json(directory / "generation_config.json", generation)
     tokenizer.save(directory)
@@ -49,57 +62,122 @@ def save_model(
     (directory / "README.md").write_text(_model_card(model, lineage), encoding="utf-8")
 
 
-def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
-    """Load a model directory; raises UserError that names the file and tensor at fault."""
+def save_weights(directory: Path, weights: dict[str, Tensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write `model.safetensors`, or numbered shards of at most that size and their index.
+
+    A single tensor that is larger gets a shard of its own.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in weights.items():
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in weights.values())
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def load_model(directory: Path, dtype: torch.dtype | None = torch.float32) -> CausalLM:
+    """Load a model directory; raises UserError that names the file and tensor at fault.
+
+    `dtype` None keeps the type of the file. Weights whose type stays as it is are mapped from the file:
+    they take no memory of their own until they are written to.
+    """
     if not directory.is_dir():
         raise UserError(f"{directory}: no such model directory")
     config = ModelConfig.load(directory)
     with torch.device("meta"):
         model = CausalLM(config)
-    weights = {name: tensor.to(dtype) for name, tensor in read_weights(directory).items()}
-    if config.tie_word_embeddings:
-        weights["lm_head.weight"] = weights.get("model.embed_tokens.weight", torch.empty(0))
+    files = _tensor_files(directory)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, shape in expected.items():
-        if name not in weights:
-            raise UserError(f"{directory}: the weights have no tensor {name}, which config.json calls for")
-        if tuple(weights[name].shape) != shape:
-            found = tuple(weights[name].shape)
-            raise UserError(f"{directory}: tensor {name} has shape {found}, config.json calls for {shape}")
+    if config.tie_word_embeddings:
+        del expected["lm_head.weight"]
+        files.pop("lm_head.weight", None)  # some files hold it twice
     unknown = sorted(
-        name for name in weights if name not in expected and not name.endswith("rotary_emb.inv_freq")
+        name for name in files if name not in expected and not name.endswith("rotary_emb.inv_freq")
     )
     if unknown:
         raise UserError(
             f"{directory}: the weights hold {unknown[0]}, which a {config.model_type} model does not have"
         )
-    model.load_state_dict({name: weights[name] for name in expected}, assign=True)
+    weights: dict[str, Tensor] = {}
+    for name, shape in expected.items():
+        if name not in files:
+            raise UserError(f"{directory}: the weights have no tensor {name}, which config.json calls for")
+        weights[name] = _read_tensor(files[name], name, shape)
+        dtype = dtype or weights[name].dtype
+        weights[name] = weights[name].to(dtype)
+    if config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    model.load_state_dict(weights, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.requires_grad_(True)
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
-    """All tensors of `model.safetensors`, or of the shards that its index names."""
-    index = directory / "model.safetensors.index.json"
-    files = [directory / "model.safetensors"]
+    """All tensors of `model.safetensors`, or of the shards that its index names, as they are."""
+    return {name: _read_tensor(file, name) for name, file in _tensor_files(directory).items()}
+
+
+def _tensor_files(directory: Path) -> dict[str, Path]:
+    """Where each tensor is."""
+    index, files = directory / INDEX, [directory / WEIGHTS]
     if index.exists():
         try:
-            files = [
-                directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            ]
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            if any(Path(name).name != name for name in names):
+                raise ValueError("a shard outside the directory")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: not a valid shard index ({error!r})") from None
-    weights: dict[str, Tensor] = {}
+        files = [directory / name for name in names]
+    found: dict[str, Path] = {}
     for file in files:
-        if not file.exists():
-            raise UserError(f"{file}: no such file; a model directory keeps its weights there")
-        try:
-            with safe_open(file, framework="pt") as handle:
-                weights.update({name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118
-        except SafetensorError as error:
-            raise UserError(f"{file}: not a readable safetensors file ({error}); copy it again") from None
-    return weights
+        with _opened(file) as handle:
+            found |= dict.fromkeys(handle.keys(), file)
+    return found
+
+
+def _read_tensor(file: Path, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+    """A tensor that is mapped from its file.
+
+    The file is opened for it alone: the memory of a mapping whose tensor was converted is then given back
+    at once, instead of when the whole file has been read.
+    """
+    with _opened(file) as handle:
+        part = handle.get_slice(name)
+        found = tuple(part.get_shape())
+        if shape is not None and found != shape:
+            raise UserError(f"{file}: tensor {name} has shape {found}, config.json calls for {shape}")
+        if part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+            raise UserError(
+                f"{file}: tensor {name} is of type {part.get_dtype()}; quantised weights are not supported"
+            )
+        tensor: Tensor = handle.get_tensor(name)
+    return tensor
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    if not file.exists():
+        pickles = sorted(file.parent.glob("pytorch_model*.bin"))
+        hint = f" ({pickles[0].name} is not read: it could run code; convert it)" if pickles else ""
+        raise UserError(f"{file}: no such file; a model directory keeps its weights there{hint}")
+    try:
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except SafetensorError as error:
+        raise UserError(f"{file}: not a readable safetensors file ({error}); copy it again") from None
 
 
 def eos_ids_of(directory: Path) -> list[int]:

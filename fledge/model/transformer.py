@@ -14,9 +14,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fledge.model.config import ModelConfig
 from fledge.model.kv_cache import KVCache
+from fledge.model.rope import scaled_frequencies
 
 # Above this many keys the fused kernel wins on a CPU; below, plain matrix products do.
 EXPLICIT_ATTENTION_KEYS = 512
@@ -38,12 +40,25 @@ class RMSNorm(nn.Module):
         )
 
 
-def rotary_angles(config: ModelConfig, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (B, 1, T, D) of the rotary embedding, fp32."""
-    pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions_BT.device)
-    angles_BTD = positions_BT[..., None].float() * config.rope_theta ** (-pairs / config.head_dim)
+def rotary_angles(
+    config: ModelConfig, positions_BT: Tensor, lengths_B: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, 1, T, D) of the rotary embedding, fp32.
+
+    `lengths_B` (by default the last position + 1) is how long each sequence is, which a dynamic rope needs.
+    """
+    scaling, factor = config.rope_scaling, 1.0
+    if scaling is None:
+        pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions_BT.device)
+        inverse = config.rope_theta ** (-pairs / config.head_dim)
+    else:
+        lengths_B = positions_BT.amax(1) + 1 if lengths_B is None else lengths_B
+        longest = config.max_position_embeddings
+        inverse, factor = scaled_frequencies(scaling, config.rope_theta, config.head_dim, longest, lengths_B)
+    angles_BTD = positions_BT[..., None].float() * inverse
     angles_BTD = torch.cat([angles_BTD, angles_BTD], dim=-1)
-    return angles_BTD.cos()[:, None], angles_BTD.sin()[:, None]
+    cos, sin = angles_BTD.cos()[:, None], angles_BTD.sin()[:, None]
+    return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 
 
 def rotate(x_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -78,10 +93,10 @@ class Attention(nn.Module):
         super().__init__()
         C, D = config.hidden_size, config.head_dim
         self.layer, self.head_dim = layer, D
-        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
+        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=config.has_qkv_bias)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=config.has_qkv_bias)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=config.has_qkv_bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=config.attention_bias)
         self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.has_qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.has_qk_norm else nn.Identity()
 
@@ -108,9 +123,10 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        C, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(C, inner, bias=bias)
+        self.up_proj = nn.Linear(C, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, C, bias=bias)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
@@ -157,6 +173,8 @@ class CausalLM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        # Whether training keeps only the blocks' inputs and computes the rest again (Chen et al. 2016).
+        self.checkpoint_activations = False
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -167,7 +185,9 @@ class CausalLM(nn.Module):
         """Fresh weights: N(0, 1/fan_in) for hidden matrices, zero for the two projections that write
         to the residual stream (a block starts as the identity), N(0, initializer_range) for embeddings."""
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
+            if name.endswith(".bias"):
+                parameter.zero_()
+            elif parameter.ndim == 1:
                 parameter.fill_(1.0)
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 parameter.zero_()
@@ -181,19 +201,45 @@ class CausalLM(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def hidden(
-        self, input_ids_BT: Tensor, positions_BT: Tensor, visible: Tensor, past: Past | None = None
+        self,
+        input_ids_BT: Tensor,
+        positions_BT: Tensor,
+        visible: Tensor,
+        past: Past | None = None,
+        lengths_B: Tensor | None = None,
     ) -> Tensor:
-        """The trunk's output (B, T, C)."""
+        """The trunk's output (B, T, C). `visible` says which keys may be seen but for the layers' windows;
+        for `lengths_B` see `rotary_angles`."""
         x_BTC = self.model.embed_tokens(input_ids_BT)
-        rope = rotary_angles(self.config, positions_BT)
-        for block in self.model.layers:
-            x_BTC = block(x_BTC, rope, visible, past)
+        rope = rotary_angles(self.config, positions_BT, lengths_B)
+        near = self._within_window(positions_BT, visible, past)
+        for layer, block in enumerate(self.model.layers):
+            seen = visible if self.config.window(layer) is None else near
+            if self.checkpoint_activations and past is None and torch.is_grad_enabled():
+                x_BTC = checkpoint(
+                    block, x_BTC, rope, seen, past, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x_BTC = block(x_BTC, rope, seen, past)
         out: Tensor = self.model.norm(x_BTC)
         return out
 
+    def _within_window(self, positions_BT: Tensor, visible: Tensor, past: Past | None) -> Tensor:
+        """`visible` without the keys that are too far back for a layer with a window."""
+        window = self.config.sliding_window
+        if window is None or visible.shape[-1] <= window:
+            return visible
+        keys_BS = positions_BT if past is None else torch.arange(past[2], device=positions_BT.device)[None]
+        return visible & (keys_BS[:, None, :] > positions_BT[:, :, None] - window)[:, None]
+
     def forward(self, input_ids_BT: Tensor, segment_ids_BT: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) of whole rows. Tokens see earlier tokens of their own segment only, and
-        positions count from each segment's start."""
+        """Logits (B, T, V) of whole rows, read as `hidden_rows` does."""
+        logits_BTV: Tensor = self.lm_head(self.hidden_rows(input_ids_BT, segment_ids_BT))
+        return logits_BTV
+
+    def hidden_rows(self, input_ids_BT: Tensor, segment_ids_BT: Tensor | None = None) -> Tensor:
+        """The trunk's output (B, T, C) of whole rows. Tokens see earlier tokens of their own segment only,
+        and positions count from each segment's start."""
         T = input_ids_BT.shape[1]
         index_T = torch.arange(T, device=input_ids_BT.device)
         visible = (index_T[:, None] >= index_T[None, :])[None, None]
@@ -202,8 +248,7 @@ class CausalLM(nn.Module):
             visible = visible & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
             starts = F.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], (1, 0), value=True)
             positions_BT = index_T[None] - torch.where(starts, index_T[None], 0).cummax(dim=1).values
-        logits_BTV: Tensor = self.lm_head(self.hidden(input_ids_BT, positions_BT, visible))
-        return logits_BTV
+        return self.hidden(input_ids_BT, positions_BT, visible)
 
     def new_cache(self, batch: int, slots: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `batch` sequences of up to `slots` tokens."""
@@ -219,8 +264,10 @@ class CausalLM(nn.Module):
         slots = int(cache.lengths_B.max()) + T
         slots = min(slots, cache.slots)
         visible = torch.arange(slots, device=input_ids_BT.device) <= positions_BT[:, :, None]
-        hidden_BTC = self.hidden(input_ids_BT, positions_BT, visible[:, None], (cache, positions_BT, slots))
-        cache.lengths_B = cache.lengths_B + new_lengths_B
+        lengths_B = cache.lengths_B + new_lengths_B
+        past = (cache, positions_BT, slots)
+        hidden_BTC = self.hidden(input_ids_BT, positions_BT, visible[:, None], past, lengths_B)
+        cache.lengths_B = lengths_B
         return hidden_BTC
 
     def prefill(self, input_ids_BT: Tensor, lengths_B: Tensor, cache: KVCache) -> Tensor:

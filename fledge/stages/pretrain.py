@@ -11,10 +11,9 @@ import torch
 from rich.console import Console
 
 from fledge.config import check_at_least, to_toml
+from fledge.data.accounts import Account, accounts
 from fledge.data.mixture import (
-    Account,
     Packing,
-    accounts,
     check_size,
     load_sources,
     mix,

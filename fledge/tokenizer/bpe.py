@@ -7,14 +7,24 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from fledge.errors import UserError
-from fledge.files import read_json, write_json, write_text
-from fledge.tokenizer.chat import CHAT_TEMPLATE
+from fledge.files import write_json, write_text
+from fledge.tokenizer.chat import CHAT_TEMPLATE, end_of_turn
+from fledge.tokenizer.files import (
+    BYTE_TOKENS,
+    named_tokens,
+    read_backend,
+    read_text,
+    steps,
+    without_added_tokens,
+    without_prefix,
+)
+from fledge.tokenizer.files import FILES as FILES
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TURN = "<|im_end|>"
@@ -32,9 +42,6 @@ MARKUP_TOKENS = (
 )
 SPECIAL_TOKENS = CONTROL_TOKENS + MARKUP_TOKENS
 SMALLEST_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
-
-# What `save` writes.
-FILES = ("tokenizer.json", "tokenizer_config.json")
 
 # Qwen2's pre-tokenizer: contractions, words with one leading mark or space, single digits, runs of
 # punctuation with the line breaks after them, line breaks, other white space.
@@ -62,19 +69,49 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._plain = _without_added_tokens(backend)
+        data = json.loads(backend.to_str())
+        self._has_byte_tokens = bool(data["model"].get("byte_fallback"))
         self._config = {key: value for key, value in config.items() if key != "chat_template"}
         self.chat_template = chat_template
-        self.special_tokens: dict[str, int] = {
-            token.content: token_id for token_id, token in backend.get_added_tokens_decoder().items()
+        added = {
+            token_id: token
+            for token_id, token in backend.get_added_tokens_decoder().items()
+            if not (self._has_byte_tokens and token.content in BYTE_TOKENS)
         }
-        self.special_ids = frozenset(self.special_tokens.values())
+        self.special_tokens: dict[str, int] = {token.content: token_id for token_id, token in added.items()}
+        self.special_ids = frozenset(added)
+        # Without those of them that are read in an answer (`<tool_call>`).
+        self.control_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        plain = without_added_tokens(data, self.special_tokens)
+        self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
+        self._only_first = any(
+            step.get("prepend_scheme") == "first" for step in steps(data["pre_tokenizer"])
+        )  # of a text with special tokens
+        inner = without_prefix(plain)
+        self._inner = self._plain if inner is None else tokenizers.Tokenizer.from_str(json.dumps(inner))
         eos_token = self.special_tokens_map.get("eos_token", END_OF_TEXT)
         eos_id = backend.token_to_id(eos_token)
         if eos_id is None:
             raise UserError(f"the tokenizer has no token {eos_token!r}; name its eos_token")
         self.eos_id: int = eos_id
-        self.end_of_turn_id: int | None = backend.token_to_id(END_OF_TURN)
+
+    @cached_property
+    def end_of_turn_id(self) -> int | None:
+        """The token that ends the assistant's turn: the chat template's, else `<|im_end|>`."""
+        found = end_of_turn(self) if self.chat_template is not None else None
+        token_id: int | None = self._backend.token_to_id(END_OF_TURN)
+        return token_id if found is None else found
+
+    @cached_property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """The ids that a text to be continued starts with, before those of `encode`: mostly nothing or BOS.
+
+        What the post-processor of tokenizer.json puts there, as in transformers 5. Chats have none: their
+        template writes what they start with.
+        """
+        whole = self._backend.encode("a").ids
+        text = self._backend.encode("a", add_special_tokens=False).ids
+        return next((tuple(whole[:i]) for i in range(len(whole)) if whole[i : i + len(text)] == text), ())
 
     @cached_property
     def vocab_size(self) -> int:
@@ -84,18 +121,21 @@ class Tokenizer:
     @property
     def special_tokens_map(self) -> dict[str, str]:
         """The tokens with a role (`eos_token`, `bos_token`, ...) by its name, as templates see them."""
-        tokens = {}
-        for name, value in self._config.items():
-            if name.endswith("_token") and value:
-                content = value.get("content") if isinstance(value, dict) else value
-                if isinstance(content, str):
-                    tokens[name] = content
-        return tokens
+        return named_tokens(self._config)
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; never a special token's id. Raises UserError on a lone surrogate."""
+        return self.encode_piece(text, "start")
+
+    def encode_piece(self, text: str, after: Literal["start", "special", "text"]) -> list[int]:
+        """`encode` for a piece of a longer text, by what stands before it.
+
+        Tokenizers made by SentencePiece put a space in front of a text, or also behind a special token.
+        """
         check_text(text)
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        begins = after == "start" or (after == "special" and not self._only_first)
+        encoder = self._plain if begins else self._inner
+        ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -125,22 +165,35 @@ class Tokenizer:
     @cached_property
     def _bytes_of_ids(self) -> dict[int, bytes]:
         vocab = self._plain.get_vocab(with_added_tokens=False)
-        return {
-            token_id: bytes(BYTE_OF_CHAR[char] for char in token)
-            if BYTE_OF_CHAR.keys() >= set(token)
-            else token.encode()  # a stray token of another's vocabulary, which decodes to itself
-            for token, token_id in vocab.items()
-        }
+        to_bytes = _bytes_of_piece if self._has_byte_tokens else _bytes_of_visible
+        return {i: to_bytes(token) for token, i in vocab.items() if i not in self.special_ids}
 
     def fingerprint(self) -> str:
         """SHA-256 of all that decides the ids of a text or a chat."""
         digest = hashlib.sha256(self._backend.to_str().encode())
         digest.update(f"\0{self.chat_template}".encode())
+        if self.prefix_ids:
+            digest.update(f"\0{self.prefix_ids}".encode())
         return digest.hexdigest()
+
+    def with_chat(self, chat_template: str) -> Tokenizer:
+        """A copy with that template and with those of our special tokens that it lacks, at the end of the
+        ids; a text's ids stay the same, unless it has their text."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        controls = (token for token in CONTROL_TOKENS if token != END_OF_TEXT)  # the base has its own
+        backend.add_special_tokens([token for token in controls if token not in self.special_tokens])
+        markup = (token for token in MARKUP_TOKENS if token not in self.special_tokens)
+        backend.add_tokens([AddedToken(token, normalized=False) for token in markup])
+        # What is loaded then is tokenizer.json as it is, with nothing that a class of its own would change.
+        config = {key: value for key, value in self._config.items() if key != "added_tokens_decoder"}
+        return Tokenizer(backend, {**config, "tokenizer_class": "PreTrainedTokenizerFast"}, chat_template)
 
     def save(self, directory: Path, model_max_length: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json; each file is replaced whole."""
         config = dict(self._config)
+        if str(config.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer":
+            # transformers' class of that name writes spaces its own way, whatever tokenizer.json says.
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
         if model_max_length is not None:
             config["model_max_length"] = model_max_length
         if self.chat_template is not None:
@@ -152,17 +205,16 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:
-        """Read a tokenizer of byte-level BPE kind in Hugging Face's layout, ours or another's.
+        """Read a tokenizer in Hugging Face's layout, ours or another's (see `read_backend` for the kinds).
 
         Raises UserError that names the file when one is missing, broken, or of another kind.
         """
         if not directory.is_dir():
             raise UserError(f"{directory}: no such directory; name one with a tokenizer.json")
-        backend = _read_backend(directory / "tokenizer.json")
+        backend, config = read_backend(directory)
         config_path = directory / "tokenizer_config.json"
-        config = _read_config(config_path)
         template_path = directory / "chat_template.jinja"
-        template = _read_text(template_path) if template_path.exists() else config.get("chat_template")
+        template = read_text(template_path) if template_path.exists() else config.get("chat_template")
         if template is not None and not isinstance(template, str):
             raise UserError(f"{config_path}: chat_template is not a string; get the file again")
         try:
@@ -237,56 +289,15 @@ def _byte_of_char() -> dict[str, int]:
 BYTE_OF_CHAR = _byte_of_char()
 
 
-def _without_added_tokens(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The same encoder without added tokens, not even as words of the model's own vocabulary."""
-    data = json.loads(backend.to_str())
-    added = {token["content"] for token in data["added_tokens"]}
-    model = data["model"]
-    if added & model["vocab"].keys():
-        # Some tokenizers keep their special tokens in the vocabulary as well. A merge, or the token for
-        # what is unknown, could then still lead to one.
-        model["vocab"] = {token: i for token, i in model["vocab"].items() if token not in added}
-        model["merges"] = [m for m in model["merges"] if added.isdisjoint((*m, "".join(m)))]
-        if model.get("unk_token") in added:
-            model["unk_token"] = None
-    data.update(added_tokens=[], post_processor=None)
-    return tokenizers.Tokenizer.from_str(json.dumps(data))
+def _bytes_of_visible(token: str) -> bytes:
+    """The bytes of a token of a byte-level tokenizer."""
+    if BYTE_OF_CHAR.keys() >= set(token):
+        return bytes(BYTE_OF_CHAR[char] for char in token)
+    return token.encode()  # a stray token of another's vocabulary, which decodes to itself
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a tokenizer is {' and '.join(FILES)}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not valid UTF-8 (byte {error.start}); get the file again") from None
-
-
-def _read_backend(path: Path) -> tokenizers.Tokenizer:
-    text = _read_text(path)
-    try:
-        backend = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # `tokenizers` raises bare Exception
-        raise UserError(f"{path}: not a tokenizer ({error}); get the file again") from None
-    data = json.loads(backend.to_str())
-    pre_tokenizer = data["pre_tokenizer"] or {}
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    if data["model"]["type"] != "BPE" or all(step.get("type") != "ByteLevel" for step in steps):
-        raise UserError(f"{path}: not a byte-level BPE tokenizer; fledge reads no other kind")
-    return backend
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a JSON object; get the file again")
-    if isinstance(templates := config.get("chat_template"), list):  # several, by name
-        config["chat_template"] = next(
-            (
-                item.get("template")
-                for item in templates
-                if isinstance(item, dict) and item.get("name") == "default"
-            ),
-            None,
-        )
-    return config
+def _bytes_of_piece(token: str) -> bytes:
+    """The bytes of a token that SentencePiece made."""
+    if token in BYTE_TOKENS:
+        return bytes([int(token[1:-1], 16)])
+    return token.replace("\u2581", " ").encode()

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
 from jinja2 import nodes
@@ -125,11 +125,40 @@ def encode_chat(
         )
     ids: list[int] = []
     mask: list[bool] = []
+    after: Literal["start", "special", "text"] = "start"
     for part, generated in _segments(pieces, tokenizer):
-        part_ids = tokenizer.encode(part) if isinstance(part, str) else [part]
+        part_ids = tokenizer.encode_piece(part, after) if isinstance(part, str) else [part]
+        after = "text" if isinstance(part, str) else "special"
         ids += part_ids
         mask += [generated] * len(part_ids)
     return EncodedChat(ids, mask)
+
+
+_PROBE: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+def end_of_turn(tokenizer: Tokenizer) -> int | None:
+    """The special token that the chat template ends an assistant's turn with; None if there is none."""
+    try:
+        chat = encode_chat(tokenizer, _PROBE)
+        prompt = [] if any(chat.mask) else encode_chat(tokenizer, _PROBE[:1], None, True).ids
+    except UserError:
+        return None
+    shared = next((i for i, (a, b) in enumerate(zip(prompt, chat.ids, strict=False)) if a != b), len(prompt))
+    marked = [token_id for token_id, on in zip(chat.ids, chat.mask, strict=True) if on]
+    ids = reversed(marked) if marked else chat.ids[shared:]
+    return next((token_id for token_id in ids if token_id in tokenizer.control_ids), None)
+
+
+def gives_loss_mask(tokenizer: Tokenizer) -> bool:
+    """Whether the chat template has all that fine-tuning learns from: it marks what the assistant writes by
+    `{% generation %}` blocks, and a special token ends its turn inside them."""
+    try:
+        chat = encode_chat(tokenizer, _PROBE)
+    except UserError:
+        return False
+    marked = [token_id for token_id, on in zip(chat.ids, chat.mask, strict=True) if on]
+    return len(marked) > 1 and marked[-1] in tokenizer.control_ids
 
 
 def parse_tool_calls(text: str) -> tuple[str, list[dict[str, Any]]]:

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fledge.data.accounts import accounts
 from fledge.data.mixture import (
     VALIDATION_BYTES,
     MixtureSource,
     Packing,
-    accounts,
     check_size,
     load_sources,
     mix,

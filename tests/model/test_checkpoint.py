@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from fledge.errors import UserError
 from fledge.files import new_directory
-from fledge.model.checkpoint import eos_ids_of, load_model, save_model
+from fledge.model.checkpoint import INDEX, eos_ids_of, load_model, read_weights, save_model, weights_of
 from fledge.model.config import ModelConfig
 from fledge.model.transformer import CausalLM
 
@@ -88,6 +88,76 @@ def test_shards_load(directory: Path) -> None:
         load_model(directory)
 
 
+@pytest.mark.parametrize("limit", [10**9, 6000, 1])
+def test_large_models_are_written_in_shards(limit: int, tmp_path: Path) -> None:
+    model = random_model()
+    save_model(tmp_path, model, NoTokenizer(), {}, [3], max_shard_bytes=limit)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    files = len(shards)
+    assert files == {10**9: 1, 1: len(weights_of(model))}.get(limit, files)
+    assert (files > 1) == (limit < 10**9) == (tmp_path / INDEX).exists()
+    if files > 1:
+        names = [f"model-{i:05}-of-{files:05}.safetensors" for i in range(1, files + 1)]
+        assert [path.name for path in shards] == names
+        index = json.loads((tmp_path / INDEX).read_text())
+        assert index["weight_map"].keys() == weights_of(model).keys()
+        assert index["metadata"]["total_size"] == sum(t.nbytes for t in weights_of(model).values())
+        for path in shards:
+            held = load_file(path)
+            assert sum(t.nbytes for t in held.values()) <= limit or len(held) == 1
+            assert {index["weight_map"][name] for name in held} == {path.name}
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(load_model(tmp_path)(ids), model(ids))
+    assert read_weights(tmp_path).keys() == weights_of(model).keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_keep_their_type(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_model(tmp_path, random_model(tied=True).to(dtype), NoTokenizer(), {}, [3])
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    assert {p.dtype for p in load_model(tmp_path, None).parameters()} == {dtype}
+    assert {p.dtype for p in load_model(tmp_path).parameters()} == {torch.float32}
+
+
+MEASURE = """
+import sys, torch
+from pathlib import Path
+from fledge.model.checkpoint import load_model
+
+def status(key):
+    line = next(line for line in open("/proc/self/status") if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+before = status("RssAnon")
+model = load_model(Path(sys.argv[1]), {"None": None, "float32": torch.float32}[sys.argv[2]])
+own = status("RssAnon") - before
+for parameter in model.parameters():  # read every page
+    parameter.detach().view(torch.uint8).flatten()[::4096].sum()
+print(own, status("VmHWM"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_a_large_model_is_in_memory_once(tmp_path: Path) -> None:
+    """1.2 GB in bf16: kept as it is, it is the file's own pages; converted, it has the new type's size."""
+    config = ModelConfig("llama", 32_000, 2048, 5632, 10, 32, 8, 64, 2048, tie_word_embeddings=False)
+    with torch.device("meta"):
+        model = CausalLM(config).to(torch.bfloat16)
+    model = model.to_empty(device="cpu")
+    save_model(tmp_path, model, NoTokenizer(), {}, [3], max_shard_bytes=500_000_000)
+    size = sum(t.nbytes for t in weights_of(model).values())
+    del model
+    assert size > 1.1e9
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for dtype, factor in (("None", 1), ("float32", 2)):
+        command = [sys.executable, "-c", MEASURE, str(tmp_path), dtype]
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        own, peak = map(int, done.stdout.split())
+        assert own < 200e6 if factor == 1 else own < 2 * size + 200e6
+        assert peak < factor * size + 900e6  # Python and PyTorch, and one tensor on its way
+
+
 def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     weights = load_file(directory / "model.safetensors")
     change(weights)
@@ -98,7 +168,6 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
 
 
-INDEX = "model.safetensors.index.json"
 NAME = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -118,6 +187,15 @@ NAME = "model.layers.1.mlp.up_proj.weight"
         (lambda d: (d / INDEX).write_text("[]"), "not a valid shard index"),
         (lambda d: (d / INDEX).write_bytes(b"\xff"), "not a valid shard index"),
         (lambda d: (d / INDEX).write_text('{"weight_map": {"a": 1}}'), "not a valid shard index"),
+        (lambda d: (d / INDEX).write_text('{"weight_map": {"a": "../b"}}'), "a shard outside the directory"),
+        (
+            lambda d: rewrite(d, lambda w: w.update({NAME: torch.zeros(24, 16, dtype=torch.int8)})),
+            rf"tensor {NAME} is of type I8; quantised weights are not supported",
+        ),
+        (
+            lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
+            r"pytorch_model\.bin is not read: it could run code",
+        ),
     ],
 )
 def test_damage_is_named(damage: Callable[[Path], object], message: str, directory: Path) -> None:

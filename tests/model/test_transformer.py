@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,14 +11,21 @@ from torch import Tensor
 
 import fledge.model.transformer as transformer
 from fledge.model.config import ModelConfig
+from fledge.model.rope import RopeScaling
 from fledge.model.transformer import CausalLM, RMSNorm, attend, rotary_angles, rotate
 from fledge.types import pad_rows
 
-FAMILIES = ["llama", "qwen3"]
+# "windows" is qwen2 with a window of 3 in every second layer, and a rope that depends on the length.
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "windows"]
 ROWS = [[5, 6, 7, 8, 9, 10, 11], [12], [3, 3, 4, 1]]
 
 
 def config_of(family: str, tied: bool = True) -> ModelConfig:
+    if family == "windows":
+        types = ("sliding_attention", "full_attention", "sliding_attention")
+        scaling = RopeScaling("dynamic", 2.0)
+        config = ModelConfig("qwen2", 64, 32, 48, 3, 4, 2, 8, 64, tie_word_embeddings=tied)
+        return replace(config, sliding_window=3, layer_types=types, rope_scaling=scaling)
     return ModelConfig(family, 64, 32, 48, 3, 4, 2, 8, 64, tie_word_embeddings=tied)
 
 
@@ -103,6 +111,23 @@ def test_packed_segments_equal_separate_rows(family: str) -> None:
         expected = full(model, row)
         torch.testing.assert_close(logits_TV[start : start + len(row)], expected, atol=1e-4, rtol=1e-4)
         start += len(row)
+
+
+@torch.no_grad()
+def test_a_window_is_what_is_seen() -> None:
+    """With one layer a token sees the window's tokens; each layer more carries window - 1 from before."""
+    config = ModelConfig(
+        "mistral", 64, 32, 48, 2, 4, 2, 8, 64, sliding_window=3, layer_types=("sliding_attention",) * 2
+    )
+    model = CausalLM(config)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.normal_(0.0, 0.3, generator=generator)
+    row = list(range(10, 20))
+    scores = full(model, row)[9]
+    for changed in range(10):
+        other = full(model, [*row[:changed], 50, *row[changed + 1 :]])[9]
+        assert bool((other - scores).abs().max() > 1e-6) == (changed >= 9 - 2 * 2), changed
 
 
 @torch.no_grad()
