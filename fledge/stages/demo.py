@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,8 +145,21 @@ def _evaluate(config: Config, console: Console, name: str, model: Path, **settin
 
 
 def _say_goodbye(console: Console, config: Config, report: Path) -> None:
-    chat = f"fledge chat --model {config.out / 'sft/model'}"
-    console.print(f"\nreport: {report}\nchat:   {chat}", highlight=False, markup=False, soft_wrap=True)
+    chat = f"{_program()} chat --model {config.out / 'sft/model'}"
+    known, invented = (
+        next(read_jsonl(config.out / f"corpus/eval_{questions}.jsonl"))[1]["question"]
+        for questions in ("seen", "invented")
+    )
+    lines = (f"report: {report}", f"chat:   {chat}", f"ask:    {known}", f"        {invented}")
+    console.print("\n" + "\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _program() -> str:
+    """How this program is called from here: by its name only if the shell finds it."""
+    if shutil.which("fledge"):
+        return "fledge"
+    called = Path(sys.argv[0])
+    return str(called) if called.name == "fledge" else f"{sys.executable} -m fledge"
 
 
 def _run(console: Console, verb: str, **settings: Any) -> None:

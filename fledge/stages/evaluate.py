@@ -128,7 +128,7 @@ def _bits(config: Config, engine: Engine, tokenizer: Tokenizer) -> dict[str, flo
             raise UserError(f"{source.path}: no text to score")
         size = sum(len(text.encode()) for text in documents)
         figures[source.name] = bits_per_byte(
-            engine, encode(documents), size, tokenizer.eos_id, tokenizer.special_ids, window
+            engine, encode(documents), size, tokenizer.start_id, tokenizer.special_ids, window
         )
     return figures
 
@@ -144,7 +144,7 @@ def _answers(
     else:
         plain = SamplingParams(temperature=0.0, max_tokens=config.max_tokens, stop=("\n",))
         prompts = [
-            [tokenizer.eos_id, *tokenizer.encode(f"{shown}Question: {line['question']}\nAnswer:")]
+            [tokenizer.start_id, *tokenizer.encode(f"{shown}Question: {line['question']}\nAnswer:")]
             for line in lines
         ]
         made = complete_ids(engine, tokenizer, prompts, plain)

@@ -113,6 +113,11 @@ class Tokenizer:
         text = self._backend.encode("a", add_special_tokens=False).ids
         return next((tuple(whole[:i]) for i in range(len(whole)) if whole[i : i + len(text)] == text), ())
 
+    @property
+    def start_id(self) -> int:
+        """What stands before a text that is scored: BOS where it wants one, else the end of another text."""
+        return self.prefix_ids[-1] if self.prefix_ids else self.eos_id
+
     @cached_property
     def vocab_size(self) -> int:
         """Number of ids, special tokens included: the smallest embedding that holds every id."""
