@@ -62,8 +62,9 @@ class Token(NamedTuple):
     """One token that was chosen, or read: log-probabilities in nats.
 
     `logp` is the model's own (log-softmax of its raw scores, fp32), `sampled_logp` that of the
-    distribution the token was taken from (after penalties, bans, temperature, top-k, ...; at temperature
-    0 after the penalties and bans). `top` has the most probable ids with their `logp`, best first.
+    distribution the token was taken from (after penalties, bans, constraint, temperature, top-k, ...; at
+    temperature 0 after penalties, bans and constraint). `top` has the most probable ids with their `logp`,
+    best first.
     """
 
     id: int
@@ -92,6 +93,15 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What a completion must be: one of a JSON list of texts (`choices`), all of a regular expression, JSON
+    by a schema (its JSON text), or a sentence of a Lark grammar."""
+
+    kind: Literal["choices", "regex", "json_schema", "lark"]
+    text: str
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How one request is decoded. Temperature 0 is greedy.
 
@@ -99,7 +109,7 @@ class SamplingParams:
     `frequency_penalty` (0: none) at the completion. `logit_bias` adds to the scores of ids; -100 bans an
     id, 100 leaves only such ids to choose from. `banned` are id sequences that are never made.
     `min_tokens` come before any end. `n` completions a prompt; `top_logprobs` alternatives a token;
-    `echo` gives the log-probabilities of the prompt too.
+    `echo` gives the log-probabilities of the prompt too. `constraint`: what the completion must be.
     """
 
     temperature: float = 1.0
@@ -119,6 +129,7 @@ class SamplingParams:
     n: int = 1
     top_logprobs: int = 0
     echo: bool = False
+    constraint: Grammar | None = None
 
 
 class TokenGenerator(Protocol):

@@ -15,16 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fledge.engine.choices import choice_logps
+from fledge.engine.constraints import choices_of
 from fledge.engine.engine import Engine
 from fledge.engine.generation import Generation, Request
 from fledge.engine.scheduler import slots_needed
 from fledge.engine.settings import row_params
 from fledge.engine.stops import TextStream
-from fledge.engine.text import LocalChat, TextCompletion, encode_prompt, joined
+from fledge.engine.text import LocalChat, TextCompletion, encode_prompt, joined, text_stream
 from fledge.errors import UserError
 from fledge.files import open_binary, parse_json_object
 from fledge.tokenizer.bpe import Tokenizer, check_text
-from fledge.types import Message, SamplingParams, Token
+from fledge.types import Grammar, Message, SamplingParams, Token
 
 # (rows done, rows in all, tokens made by this call)
 Progress = Callable[[int, int, int], None]
@@ -100,8 +102,10 @@ def run_batch(
     strict: bool = False,
     overwrite: bool = False,
     progress: Progress = lambda done, total, tokens: None,
+    probabilities: bool = False,
 ) -> dict[str, int]:
-    """Write `out`: each row as it was, with "completions" or "error". Rows that an earlier, killed call with
+    """Write `out`: each row as it was, with "completions" or "error", and with `probabilities` those of its
+    choices. Rows that an earlier, killed call with
     the same `job_id` has finished are kept. Returns counts: rows, kept, errors, tokens.
 
     Raises UserError if `out` exists (without `overwrite`), if its journal is of another job or in use, and
@@ -113,7 +117,7 @@ def run_batch(
     counts = {"rows": len(jobs), "kept": 0, "errors": 0, "tokens": 0}
     with _journal(partial, job_id, overwrite) as (file, finished):
         counts["kept"] = len(finished)
-        for index, result in _results(engine, tokenizer, jobs, finished):
+        for index, result in _results(engine, tokenizer, jobs, finished, probabilities):
             if strict and "error" in result:
                 raise UserError(f"{jobs[index].where}: {result['error']}")
             file.write(_line({"row": index, "result": result}))
@@ -166,7 +170,11 @@ def _journal(path: Path, job_id: str, overwrite: bool) -> Iterator[tuple[BinaryI
 
 
 def _results(
-    engine: Engine, tokenizer: Tokenizer, jobs: Sequence[Job], finished: Mapping[int, Any]
+    engine: Engine,
+    tokenizer: Tokenizer,
+    jobs: Sequence[Job],
+    finished: Mapping[int, Any],
+    probabilities: bool,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row, result) of every unfinished job as it ends."""
     todo = [index for index in range(len(jobs)) if index not in finished]
@@ -181,24 +189,56 @@ def _results(
     slots = min(max(1, *needs), engine.most_slots())
     scheduler = engine.new_scheduler(min(samples, engine.batch_size), slots)
     running: dict[int, tuple[list[Generation], list[TextStream]]] = {}
+    shares: dict[int, dict[str, Any]] = {}
     todo.reverse()
     while todo or running:
         while todo and len(running) < 2 * engine.batch_size:
             index = todo.pop()
             job = jobs[index]
-            texts = [
-                TextStream(tokenizer, job.params.stop, job.params.min_tokens) for _ in range(job.params.n)
-            ]
+            texts = [text_stream(engine, tokenizer, job.params) for _ in range(job.params.n)]
             request = Request(job.prompt, job.params, job.number, _stopped(texts))
             try:
                 running[index] = scheduler.submit(request), texts
             except UserError as error:
                 yield index, {**job.row, "error": str(error)}
+        if probabilities:
+            new = {index: jobs[index] for index in running if index not in shares}
+            shares.update(_shares(engine, tokenizer, new))
         scheduler.step()
         for index, (made, texts) in list(running.items()):
             if all(generation.done for generation in made):
                 del running[index]
-                yield index, _result(jobs[index], made, texts, tokenizer)
+                result = _result(jobs[index], made, texts, tokenizer)
+                added = shares.pop(index, {})
+                if "error" in added:
+                    result = {**jobs[index].row, **added}
+                yield index, result if "error" in result else {**result, **added}
+
+
+def _shares(engine: Engine, tokenizer: Tokenizer, jobs: Mapping[int, Job]) -> dict[int, dict[str, Any]]:
+    """What is added to each row: the probabilities of its choices, where it has such."""
+    alike: dict[tuple[Grammar | None, tuple[int, ...]], list[int]] = {}
+    for index, job in jobs.items():
+        alike.setdefault((job.params.constraint, job.params.stop_ids), []).append(index)
+    added: dict[int, dict[str, Any]] = {index: {} for index in jobs}
+    for (grammar, stop_ids), indexes in alike.items():
+        choices = choices_of(grammar)
+        if choices is None:
+            continue
+        prompts = [jobs[index].prompt for index in indexes]
+        try:
+            scores = choice_logps(engine, tokenizer, prompts, choices, stop_ids)
+        except UserError as error:  # of one prompt, so each on its own
+            if len(jobs) == 1:
+                return {indexes[0]: {"error": str(error)}}
+            for index in indexes:
+                added |= _shares(engine, tokenizer, {index: jobs[index]})
+            continue
+        for index, score in zip(indexes, scores, strict=True):
+            shares = zip(choices, score.probabilities, strict=True)
+            added[index]["probabilities"] = {choice: round(share, 6) for choice, share in shares}
+            added[index]["probabilities_method"] = score.method
+    return added
 
 
 def _stopped(texts: list[TextStream]) -> Callable[[int, int], bool]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fledge.engine.constraints import Grammars
 from fledge.engine.generation import Request
 from fledge.engine.sampling import broken_scores, validate
 from fledge.engine.scheduler import Scheduler, check_ids, computing, slots_needed
@@ -42,10 +43,12 @@ class Engine:
         compute_dtype: torch.dtype | None = None,
         keep_cache: bool = False,
         cache_bytes: int | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         """`eos_ids` end every completion; `compute_dtype` (None: the weights' own) is what matrix
         products run in, by autocast. `keep_cache`: what was read stays readable for the next call, as
         the turns of a chat; only for a model that is not trained meanwhile. `cache_bytes` bounds the cache.
+        `grammars` compiles constraints; without it a request cannot have one.
         """
         if batch_size < 1:
             raise UserError(f"batch_size {batch_size} is below 1")
@@ -55,6 +58,7 @@ class Engine:
         self.compute_dtype = compute_dtype
         self.keep_cache = keep_cache
         self.cache_bytes = cache_bytes
+        self.grammars = grammars
         self._kept: Scheduler | None = None
 
     @property
@@ -135,7 +139,7 @@ class Engine:
                 f"{most_bytes / 2**30:.1f} GiB for it; lower max_tokens or shorten the prompt"
             )
         rows = min(rows, most_bytes // row_bytes)
-        return Scheduler(self.model, self.eos_ids, rows, slots, self.compute_dtype)
+        return Scheduler(self.model, self.eos_ids, rows, slots, self.compute_dtype, self.grammars)
 
     def most_slots(self) -> int:
         """The tokens of the longest request that fits the cache's bounds and the context."""

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from fledge.engine.constraints import Constraint
 from fledge.engine.sampling import Row
 from fledge.types import Completion, FinishReason, SamplingParams, Token
 
@@ -24,12 +25,19 @@ class Request:
 class Generation:
     """One completion on its way. Its lists only grow; `reason` or `error` is set at its end."""
 
-    def __init__(self, request: Request, sample: int, end_ids: frozenset[int], echoed: list[Token]) -> None:
+    def __init__(
+        self,
+        request: Request,
+        sample: int,
+        end_ids: frozenset[int],
+        echoed: list[Token],
+        constraint: Constraint | None = None,
+    ) -> None:
         self.request, self.sample = request, sample
-        self.row = Row(
-            request.params, list(request.prompt), len(request.prompt), end_ids, request.number, sample
-        )
+        ids, number = list(request.prompt), request.number
+        self.row = Row(request.params, ids, len(ids), end_ids, number, sample, constraint)
         self.tokens: list[Token] = []
+        self.forced: list[int] = []  # what comes next for certain: it is read together with the last id
         self.echoed = echoed  # one list for all samples of a request
         self.reason: FinishReason | None = None
         self.stop_token: Token | None = None
@@ -100,7 +108,9 @@ class Generation:
             return False
 
     def push(self, token: Token) -> None:
-        """Add a token."""
+        """Add a token. Raises UserError if the constraint does not know it."""
+        if self.row.constraint is not None:
+            self.row.constraint.advance(token.id)
         self.tokens.append(token)
         self.row.ids.append(token.id)
         self._changed.set()

@@ -3,7 +3,8 @@
 A neutral parameter (bias 0, penalty 1 or 0, k = every token, p = 1) leaves a row exactly as it is, so a row's
 result never depends on which settings its neighbours use.
 
-Shape suffixes: B rows, V vocabulary, T tokens of the longest row, N (row, id) pairs.
+Shape suffixes: B rows, V vocabulary, T tokens of the longest row, N (row, id) pairs,
+W words of 32 bits.
 """
 
 from __future__ import annotations
@@ -63,6 +64,13 @@ def penalise_counts(
 def ban(logits_BV: Tensor, rows_N: Tensor, ids_N: Tensor) -> Tensor:
     """Set the scores of the pairs to -inf."""
     return logits_BV.index_put((rows_N, ids_N), logits_BV.new_tensor(-math.inf))
+
+
+def apply_mask(logits_BV: Tensor, words_BW: Tensor) -> Tensor:
+    """Set the score of every id to -inf whose bit, v % 32 of word v // 32 (int32), is 0."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=words_BW.device)
+    bits_BV = ((words_BW.view(torch.uint8)[..., None] >> shifts) & 1).flatten(1)[:, : logits_BV.shape[1]]
+    return logits_BV.masked_fill(bits_BV == 0, -math.inf)
 
 
 def apply_temperature(logits_BV: Tensor, temperature_B: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ The processors come in the order of `transformers`' `generate` (5.23, `_get_logi
 presence, which it lacks, follow the repetition penalty as in vLLM), each left out when no row needs it:
 
     logit bias, repetition penalty, frequency and presence penalty, banned sequences, minimum length,
-    then, for rows that sample: temperature, top-k, top-p, min-p.
+    the constraint's mask; then, for rows that sample: temperature, top-k, top-p, min-p.
 
 A row's random number is a hash of its seed, its number and its position: no state, so rows may join, leave,
 fork and roll back, and what a row draws never depends on its neighbours.
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fledge.engine import processors
+from fledge.engine.constraints import Constraint
 from fledge.errors import UserError
 from fledge.types import SamplingParams, Token
 
@@ -90,11 +91,19 @@ class Row:
     end_ids: frozenset[int] = field(default=frozenset())
     number: int = 0
     sample: int = 0
+    constraint: Constraint | None = None
 
     @property
     def made(self) -> int:
         """How many tokens were made."""
         return len(self.ids) - self.prompt_tokens
+
+    def forced(self) -> list[int]:
+        """The ids that come next because the constraint leaves nothing else. Where a ban might forbid one
+        they are chosen one by one."""
+        if self.constraint is None or self.params.banned or self.params.logit_bias:
+            return []
+        return self.constraint.forced()
 
 
 class Sampler:
@@ -118,6 +127,7 @@ class Sampler:
         # What is always banned is found once, what depends on the last tokens at every step.
         self.always = [(i, s[0]) for i, p in enumerate(settings) for s in p.banned if len(s) == 1]
         self.has_bans = any(p.banned or p.min_tokens for p in settings)
+        self.constraints = [(i, r.constraint) for i, r in enumerate(self.rows) if r.constraint is not None]
 
     def _gather_bias(self, settings: list[SamplingParams]) -> None:
         pairs = [(i, token, bias) for i, p in enumerate(settings) for token, bias in p.logit_bias.items()]
@@ -142,6 +152,9 @@ class Sampler:
         if any_broken:
             logits_BV = logits_BV.masked_fill(broken_B[:, None], 0.0)
         processed_BV = self._process(logits_BV, history_BT)
+        words_BW, errors = self._masks(processed_BV.shape[1])
+        if words_BW is not None:
+            processed_BV = processors.apply_mask(processed_BV, words_BW)
         ids_B = best_B = processed_BV.argmax(-1)
         no_choice_B = processed_BV.gather(1, best_B[:, None])[:, 0] == -math.inf
         if not self.all_greedy:
@@ -164,7 +177,9 @@ class Sampler:
             for i in broken_B.nonzero()[:, 0].tolist():
                 tokens[i] = broken_scores()
         for i in no_choice_B.nonzero()[:, 0].tolist():
-            tokens[i] = UserError("logit_bias and bans leave no token to choose; allow more of them")
+            tokens[i] = no_choice(self.rows[i])
+        for i, error in errors.items():
+            tokens[i] = error
         return tokens
 
     def _process(self, logits_BV: Tensor, history_BT: Tensor | None) -> Tensor:
@@ -192,6 +207,19 @@ class Sampler:
         if self.has_bans and (banned := self._banned()):
             logits_BV = processors.ban(logits_BV, *self._pairs(banned))
         return logits_BV
+
+    def _masks(self, vocab_size: int) -> tuple[Tensor | None, dict[int, UserError]]:
+        """What the rows' constraints allow (B, W), all for a row without one; the errors of rows."""
+        errors: dict[int, UserError] = {}
+        if not self.constraints:
+            return None, errors
+        words_BW = torch.full((len(self.rows), -(-vocab_size // 32)), -1, dtype=torch.int32)
+        for i, constraint in self.constraints:
+            try:
+                constraint.mask(words_BW[i])
+            except UserError as error:
+                errors[i] = error
+        return words_BW.to(self.device), errors
 
     def _warp(self, logits_BV: Tensor) -> Tensor:
         """Temperature and what is cut off, for the rows that sample."""
@@ -240,6 +268,21 @@ def top_logprobs(
     logps = (values_NK - normaliser_N[:, None]).tolist()
     ids = ids_NK.tolist()
     return [tuple(zip(ids[n][:k], logps[n][:k], strict=True)) for n, k in enumerate(counts)]
+
+
+def no_choice(row: Row) -> UserError:
+    """The error for a row whose settings leave no token."""
+    if row.constraint is None:
+        return UserError("logit_bias and bans leave no token to choose; allow more of them")
+    if row.made < row.params.min_tokens and row.constraint.finished:
+        return UserError(
+            f"the constraint's text is complete after {row.made} tokens and cannot go on to min_tokens "
+            f"{row.params.min_tokens}; lower it or allow longer texts"
+        )
+    return UserError(
+        f"after {row.made} tokens the constraint, bans and logit_bias together leave no token to choose; "
+        "loosen one of them"
+    )
 
 
 def broken_scores() -> UserError:

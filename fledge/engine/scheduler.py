@@ -12,21 +12,19 @@ import contextlib
 import math
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from fledge.engine.constraints import Constraint, Grammars
 from fledge.engine.generation import Generation, Request
-from fledge.engine.sampling import Sampler, broken_scores, top_logprobs, validate
+from fledge.engine.reading import read_rows
+from fledge.engine.sampling import Sampler, broken_scores, validate
 from fledge.engine.slots import MIN_SHARED_PREFIX_TOKENS, Slots, common_prefix
 from fledge.errors import UserError
 from fledge.model.transformer import CausalLM
-from fledge.types import FinishReason, Token
-
-# Padded tokens that pass through the model at once, and scores of prompts held at once: they bound memory.
-MAX_PASS_TOKENS = 16_384
-MAX_LOGITS = 2**25
+from fledge.types import FinishReason, Grammar, Token
 
 
 class Scheduler:
@@ -39,8 +37,9 @@ class Scheduler:
         rows: int,
         slots: int,
         compute_dtype: torch.dtype | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
-        self.model, self.compute_dtype = model, compute_dtype
+        self.model, self.compute_dtype, self.grammars = model, compute_dtype, grammars
         self.eos_ids = tuple(token_id for token_id in eos_ids if token_id < model.config.vocab_size)
         with torch.inference_mode():
             self.slots = Slots(model, rows, slots, compute_dtype)
@@ -53,7 +52,8 @@ class Scheduler:
     def submit(self, request: Request, name: str = "the prompt") -> list[Generation]:
         """Queue a request: one `Generation` for each of its `n` completions. From any thread.
 
-        Raises UserError, with `name` for the prompt, for one that can never be run.
+        Raises UserError, with `name` for the prompt, for one that can never be run, and for a constraint
+        that cannot be compiled.
         """
         params, config = request.params, self.model.config
         validate(params, config.vocab_size)
@@ -65,13 +65,23 @@ class Scheduler:
                 f"a request can have {self.slots.slots} here: shorten it or lower max_tokens"
             )
         end_ids, echoed = frozenset((*self.eos_ids, *params.stop_ids)), list[Token]()
-        made = [Generation(request, sample, end_ids, echoed) for sample in range(params.n)]
+        made = [
+            Generation(request, sample, end_ids, echoed, self._constraint(params.constraint, end_ids))
+            for sample in range(params.n)
+        ]
         for generation in made:
             if len(request.prompt) == config.max_position_embeddings and not params.echo:
                 generation.end("context")
             else:
                 self._arrived.append(generation)
         return made
+
+    def _constraint(self, grammar: Grammar | None, end_ids: frozenset[int]) -> Constraint | None:
+        if grammar is None:
+            return None
+        if self.grammars is None:
+            raise UserError("this engine was made without Grammars and can hold no text to a constraint")
+        return self.grammars.start(grammar, end_ids)
 
     @torch.inference_mode()
     def adopt(self, other: Scheduler) -> None:
@@ -96,9 +106,37 @@ class Scheduler:
             return bool(self.running or self.waiting or self._arrived)
 
     def _decode(self) -> list[Tensor]:
+        """Read each row's last id and what is forced behind it; the scores of the next."""
         if not self.running:
             return []
-        return [self.slots.step([generation.row.ids[-1] for generation in self.running]).float()]
+        unread = [[generation.row.ids[-1], *generation.forced] for generation in self.running]
+        forced = {i: ids[1:] for i, ids in enumerate(unread) if len(ids) > 1}
+        longest = max(map(len, unread))
+        if forced and len(unread) * longest <= 2 * sum(map(len, unread)):  # padding is cheaper than a pass
+            logits_BV, tokens = read_rows(self.slots, 0, unread, forced, self._tops(forced))
+            self._take_forced(tokens)
+            return [logits_BV]
+        for i, ids in forced.items():
+            self._take_forced(read_rows(self.slots, i, [unread[i][:-1]], {i: ids}, self._tops([i]))[1])
+        return [self.slots.step([ids[-1] for ids in unread]).float()]
+
+    def _tops(self, rows: Iterable[int]) -> dict[int, int]:
+        """How many alternatives rows want."""
+        return {row: self.running[row].request.params.top_logprobs for row in rows}
+
+    def _take_forced(self, tokens: dict[int, list[Token]]) -> None:
+        """Add what each row was forced to, as far as nothing ends it."""
+        for i, row_tokens in tokens.items():
+            generation = self.running[i]
+            first = len(generation.row.ids)
+            for token in row_tokens:
+                is_broken = not math.isfinite(token.logp)
+                if self._accept(
+                    generation, broken_scores() if is_broken else token._replace(sampled_logp=0.0)
+                ):
+                    break
+            new = generation.row.ids[first:]
+            self.slots.note([i] * len(new), [*range(first, first + len(new))], new)
 
     def _join(self) -> list[Tensor]:
         """Give the free rows to waiting requests and read their prompts; the scores of each one's first
@@ -109,7 +147,7 @@ class Scheduler:
         scores = []
         while joining:
             wave, later = self._wave(joining)
-            scores += self._read_prompts(wave)
+            scores.append(self._read_prompts(wave))
             joining = later
         if scores:
             self._sampler = None
@@ -127,58 +165,25 @@ class Scheduler:
             (later if sibling or waits else wave).append(generation)
         return wave, later
 
-    def _read_prompts(self, wave: list[Generation]) -> list[Tensor]:
+    def _read_prompts(self, wave: list[Generation]) -> Tensor:
+        """Give them rows; the scores (B, V) of each one's first token."""
         rests: list[list[int]] = []
+        wanted: dict[int, list[int]] = {}
         wave.sort(key=lambda generation: -generation.row.prompt_tokens)
-        echoing = [generation.request.params.echo and not generation.echoed for generation in wave]
-        for generation, echo in zip(wave, echoing, strict=True):
+        for i, generation in enumerate(wave, start=len(self.running)):
             prompt = generation.row.ids
+            echo = generation.request.params.echo and not generation.echoed
             rests.append(prompt[self.slots.take(prompt, reuse=not echo) :])
-        first, scores = len(self.running), []
+            if echo:
+                wanted[i] = prompt[1:]
+        first = len(self.running)
         self.running += wave
-        while rests:
-            count = longest = 0
-            for rest in rests:
-                longest = max(longest, len(rest))
-                if count and (count + 1) * longest > MAX_PASS_TOKENS:
-                    break
-                count += 1
-            echoes = {i: self.running[first + i] for i in range(count) if echoing[i]}
-            scores.append(self._read(first, rests[:count], echoes))
-            first, rests, echoing = first + count, rests[count:], echoing[count:]
-        return scores
-
-    def _read(self, first: int, rests: list[list[int]], echoes: dict[int, Generation]) -> Tensor:
-        """Scores (B, V) after the last token of each rest; log-probabilities of the prompts in `echoes`."""
-        last_BC: list[Tensor] = [torch.empty(0)] * len(rests)
-        for start, hidden_BTC in self.slots.read(first, rests):
-            for i, rest in enumerate(rests):
-                if start < len(rest) <= start + hidden_BTC.shape[1]:
-                    last_BC[i] = hidden_BTC[i, len(rest) - 1 - start]
-            for i, generation in echoes.items():
-                targets = rests[i][start + 1 : start + 1 + hidden_BTC.shape[1]]
-                generation.echoed += self._prompt_tokens(
-                    hidden_BTC[i, : len(targets)], targets, generation.request.params.top_logprobs
-                )
-        for generation in echoes.values():
-            if not all(math.isfinite(token.logp) for token in generation.echoed):
-                generation.end(broken_scores())
-        logits_BV: Tensor = self.model.lm_head(torch.stack(last_BC)).float()
+        logits_BV, echoed = read_rows(self.slots, first, rests, wanted, self._tops(wanted))
+        for i, tokens in echoed.items():
+            self.running[i].echoed += tokens
+            if not all(math.isfinite(token.logp) for token in tokens):
+                self.running[i].end(broken_scores())
         return logits_BV
-
-    def _prompt_tokens(self, hidden_NC: Tensor, targets: list[int], top: int) -> list[Token]:
-        """What the model thinks of tokens that were read."""
-        tokens: list[Token] = []
-        chunk = max(1, MAX_LOGITS // self.model.config.vocab_size)
-        for i in range(0, len(targets), chunk):
-            ids = targets[i : i + chunk]
-            logits_NV = self.model.lm_head(hidden_NC[i : i + chunk]).float()
-            normaliser_N = logits_NV.logsumexp(-1)
-            ids_N1 = torch.tensor(ids, device=self.slots.device)[:, None]
-            logps = (logits_NV.gather(1, ids_N1)[:, 0] - normaliser_N).tolist()
-            tops = top_logprobs(logits_NV, normaliser_N, [top] * len(ids))
-            tokens += map(Token, ids, logps, logps, tops)
-        return tokens
 
     def _choose(self, logits_BV: Tensor) -> None:
         """Choose each running row's next token; those at their end leave."""
@@ -187,21 +192,26 @@ class Scheduler:
             self._sampler = Sampler(rows, self.slots.device)
         chosen = self._sampler(logits_BV, self.slots.ids_RS)
         ended = [i for i, token in enumerate(chosen) if self._accept(self.running[i], token)]
+        for generation in self.running:
+            if generation.row.constraint is not None and not generation.done:
+                room = self._most(generation)[0] - generation.row.made
+                generation.forced = generation.row.forced()[:room]
         if self._sampler.needs_history:
-            self.slots.note([row.ids[-1] for row in rows], [len(row.ids) - 1 for row in rows])
+            positions = [len(row.ids) - 1 for row in rows]
+            self.slots.note(range(len(rows)), positions, [row.ids[-1] for row in rows])
         for i in reversed(ended):
             self._leave(i)
 
+    def _most(self, generation: Generation) -> tuple[int, FinishReason]:
+        """The most tokens that it can have, and what to call that end."""
+        most = generation.request.params.max_tokens
+        room = self.model.config.max_position_embeddings - generation.row.prompt_tokens
+        return (most, "length") if most <= room else (room, "context")
+
     def _accept(self, generation: Generation, token: Token | UserError) -> bool:
-        """Add a chosen token; whether that is the end."""
-        params, row, context = (
-            generation.request.params,
-            generation.row,
-            self.model.config.max_position_embeddings,
-        )
-        most = min(params.max_tokens, context - row.prompt_tokens)
-        full: FinishReason = "length" if most == params.max_tokens else "context"
-        if generation.done:  # its prompt had no scores
+        """Add a token; whether that is the end."""
+        row, (most, full) = generation.row, self._most(generation)
+        if generation.done:  # its prompt had no scores, or what was forced was its end
             pass
         elif isinstance(token, UserError):
             generation.end(token)
@@ -211,10 +221,18 @@ class Scheduler:
             generation.stop_token = token
             generation.end("stop")
         else:
-            generation.push(token)
+            try:
+                generation.push(token)
+            except UserError as error:
+                generation.end(error)
+                return True
             if generation.should_stop(token.id):
                 generation.end("stop")
-            elif row.made == most and not generation.done:
+            elif generation.done:
+                pass
+            elif row.constraint is not None and row.made >= row.params.min_tokens and row.constraint.finished:
+                generation.end("stop")
+            elif row.made == most:
                 generation.end(full)
         return generation.done
 

@@ -97,10 +97,10 @@ class Slots:
             held.append(token_id)
         return logits_BV
 
-    def note(self, ids: Sequence[int], positions: Sequence[int]) -> None:
-        """Write down each taken row's newest id in `ids_RS`."""
-        places = torch.tensor([positions, ids], device=self.device)
-        self.ids_RS[torch.arange(len(ids), device=self.device), places[0]] = places[1]
+    def note(self, rows: Sequence[int], positions: Sequence[int], ids: Sequence[int]) -> None:
+        """Write down in `ids_RS` which ids rows have at some positions."""
+        places = torch.tensor([[*rows], [*positions], [*ids]], dtype=torch.int64, device=self.device)
+        self.ids_RS[places[0], places[1]] = places[2]
 
     def leave(self, row: int, keep: bool = True) -> None:
         """Free a row; the last taken row takes its place. `keep` False: its keys may hold NaN, wipe them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fledge.tokenizer.bpe import Tokenizer
 
@@ -15,15 +15,23 @@ class TextStream:
     The bytes of an unfinished character are held until they are valid UTF-8; bytes that never will be
     become U+FFFD. Text that may be the start of a stop string is held until that is decided; the text
     ends before the stop string that is complete first (of several complete at once, the longest).
-    In the text of the first `min_tokens` ids none is looked for.
+    In the text of the first `min_tokens` ids none is looked for, and one before which the text would not
+    be whole (by `is_whole`: what a constraint says) is text like any other.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        is_whole: Callable[[str], bool] | None = None,
+    ) -> None:
         self.text = ""  # what was handed out so far
         self.stopped = False  # whether a stop string was found: nothing more will come
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._min_tokens = min_tokens
+        self._is_whole = is_whole
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
         self._decoded_characters: list[int] = []  # after each id
@@ -61,16 +69,26 @@ class TextStream:
             self.text += decoded
             return decoded
         self._held += decoded
-        ends = [(self._held.find(stop) + len(stop), -len(stop)) for stop in self._stop if stop in self._held]
-        if ends:
-            end, minus_length = min(ends)
-            piece, self._held, self.stopped = self._held[: end + minus_length], "", True
+        found = self._find()
+        if found is not None:
+            piece, self._held, self.stopped = self._held[:found], "", True
         else:
             kept = max((_overlap(self._held, stop) for stop in self._stop), default=0)
             cut = len(self._held) - kept
             piece, self._held = self._held[:cut], self._held[cut:]
         self.text += piece
         return piece
+
+    def _find(self) -> int | None:
+        """Where the stop string that ends the text begins in what is held."""
+        spans = []
+        for stop in self._stop:
+            start = self._held.find(stop)
+            while start >= 0:
+                spans.append((start + len(stop), start))
+                start = self._held.find(stop, start + 1)
+        whole = self._is_whole
+        return next((s for _, s in sorted(spans) if whole is None or whole(self.text + self._held[:s])), None)
 
 
 def _overlap(text: str, stop: str) -> int:

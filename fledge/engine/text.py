@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fledge.engine.constraints import Grammars
 from fledge.engine.engine import Engine
 from fledge.engine.stops import TextStream
 from fledge.errors import UserError
@@ -58,7 +60,7 @@ def complete_ids(
     engine: Engine, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], params: SamplingParams
 ) -> list[TextCompletion]:
     """`complete` for prompts that are already ids: `params.n` completions for each."""
-    texts = [TextStream(tokenizer, params.stop, params.min_tokens) for _ in range(len(prompts) * params.n)]
+    texts = [text_stream(engine, tokenizer, params) for _ in range(len(prompts) * params.n)]
 
     def should_stop(place: int, token_id: int) -> bool:
         texts[place].push(token_id)
@@ -68,12 +70,21 @@ def complete_ids(
     return [joined(text, completion) for text, completion in zip(texts, completions, strict=True)]
 
 
+def text_stream(engine: TokenGenerator, tokenizer: Tokenizer, params: SamplingParams) -> TextStream:
+    """Where a request's ids become text, with its stop strings; under a constraint one ends the text only
+    where that is complete."""
+    is_whole = None
+    if params.constraint is not None and isinstance(engine, Engine) and engine.grammars is not None:
+        is_whole = partial(engine.grammars.accepts, params.constraint)
+    return TextStream(tokenizer, params.stop, params.min_tokens, is_whole)
+
+
 def stream_ids(
     engine: TokenGenerator, tokenizer: Tokenizer, prompt: Sequence[int], params: SamplingParams
 ) -> Generator[str, None, TextCompletion]:
     """Yields the pieces of one completion's text as they become certain; its value is the completion.
     Closing it cancels the rest."""
-    text = TextStream(tokenizer, params.stop, params.min_tokens)
+    text = text_stream(engine, tokenizer, params)
     tokens: list[Token] = []
     reason: FinishReason = "stop"
     events = engine.stream(prompt, params)
@@ -171,7 +182,8 @@ def load_engine(
         )
     eos_ids = eos_ids_of(directory) or [tokenizer.eos_id]
     model = model.to(device or torch.device("cpu"))
-    return Engine(model, eos_ids, batch_size, keep_cache=True), tokenizer
+    grammars = Grammars(tokenizer, model.config.vocab_size)
+    return Engine(model, eos_ids, batch_size, keep_cache=True, grammars=grammars), tokenizer
 
 
 def terminal_safe(text: str) -> str:

@@ -18,9 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fledge.config import to_toml
 from fledge.device import pick_device
 from fledge.engine import batch
+from fledge.engine.choices import ChoiceScores, choice_logps
+from fledge.engine.constraints import choices_of
 from fledge.engine.engine import Engine
 from fledge.engine.sampling import validate
-from fledge.engine.settings import banned_sequences, logit_bias, split_biases
+from fledge.engine.settings import banned_sequences, logit_bias, read_constraint, split_biases
 from fledge.engine.text import (
     LocalChat,
     TextCompletion,
@@ -90,6 +92,16 @@ class Config:
     """Texts that end a continuation; they are not printed."""
     stop_ids: tuple[int, ...] = ()
     """Token ids that end a continuation."""
+    choices: tuple[str, ...] = ()
+    """Texts of which the continuation is one."""
+    regex: str | None = None
+    """Regular expression that the whole continuation matches (Rust's syntax, no look-around)."""
+    json_schema: str | None = None
+    """JSON schema (a file, or the JSON itself) that the continuation is an instance of."""
+    grammar: Path | None = None
+    """File with a Lark grammar (llguidance's kind) that the continuation is a sentence of."""
+    show_probabilities: bool = False
+    """Show how probable each of the --choices is, on stderr (with --batch: in --out)."""
     n: int = 1
     """Continuations of each prompt."""
     batch_size: int = 64
@@ -115,6 +127,9 @@ def main(config: Config) -> None:
         prompt_ids = [chat.prompt([Message(role="user", content=prompt)]) for prompt in prompts]
     else:
         prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    choices = choices_of(params.constraint)
+    if config.show_probabilities and choices is None:
+        raise UserError("--show-probabilities goes with --choices TEXT ...")
     started = time.perf_counter()
     repeated = [i for i in range(len(prompts)) for _ in range(config.n)]
     shown = [prompts[i] if config.echo else "" for i in repeated]
@@ -127,7 +142,10 @@ def main(config: Config) -> None:
     if config.show_logprobs is not None:
         for completion in made:
             print_logprobs(tokenizer, completion)
-    print_summary(made, time.perf_counter() - started)
+    print_summary(made, time.perf_counter() - started, mask_cost(engine))
+    if config.show_probabilities and choices is not None:
+        scores = choice_logps(engine, tokenizer, prompt_ids, choices, params.stop_ids)
+        print_probabilities(prompts, choices, scores)
 
 
 def load(config: Config) -> tuple[Engine, Tokenizer, SamplingParams]:
@@ -151,10 +169,14 @@ def load(config: Config) -> tuple[Engine, Tokenizer, SamplingParams]:
         n=config.n,
     )
     validate(params)
+    constraint = read_constraint(config.choices, config.regex, config.json_schema, config.grammar)
     device = pick_device(config.device)
     engine, tokenizer = load_engine(config.model, device=device, batch_size=config.batch_size)
-    banned = banned_sequences(config.ban, tokenizer)
-    return engine, tokenizer, replace(params, banned=banned, logit_bias=logit_bias(biases, tokenizer))
+    if constraint is not None and engine.grammars is not None:
+        engine.grammars.start(constraint)  # one error here instead of one for each prompt
+    banned, biases_by_id = banned_sequences(config.ban, tokenizer), logit_bias(biases, tokenizer)
+    params = replace(params, banned=banned, logit_bias=biases_by_id, constraint=constraint)
+    return engine, tokenizer, params
 
 
 def run_batch(config: Config) -> None:
@@ -170,21 +192,23 @@ def run_batch(config: Config) -> None:
     jobs = batch.read_jobs(config.batch, engine, tokenizer, params, config.chat, config.strict)
     with batch_progress() as progress:
         counts = batch.run_batch(
-            engine, tokenizer, jobs, config.out, job_id(config), config.strict, config.overwrite, progress
-        )
+            engine, tokenizer, jobs, config.out, job_id(config, params), config.strict, config.overwrite,
+            progress, config.show_probabilities,
+        )  # fmt: skip
     kept = f", {counts['kept']:,} of them from before" if counts["kept"] else ""
     errors = f", {counts['errors']:,} with an error" if counts["errors"] else ""
     rate = counts["tokens"] / max(time.perf_counter() - started, 1e-9)
-    print(f"{counts['rows']:,} rows{kept}{errors}; {rate:,.0f} tokens/s; {config.out}", file=sys.stderr)
+    speed = f"{rate:,.0f} tokens/s{mask_cost(engine)}"
+    print(f"{counts['rows']:,} rows{kept}{errors}; {speed}; {config.out}", file=sys.stderr)
 
 
-def job_id(config: Config) -> str:
+def job_id(config: Config, params: SamplingParams) -> str:
     """What decides the rows of --out: the input's content, the settings, and the model's files."""
     assert config.batch is not None
     settings = replace(config, overwrite=False, batch=None, out=None, device="auto", batch_size=1)
     files = sorted(path for path in config.model.iterdir() if path.is_file())
     stamps = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
-    text = "\n".join([to_toml(settings), *stamps, sha256([config.batch])])
+    text = "\n".join([to_toml(settings), repr(params.constraint), *stamps, sha256([config.batch])])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -273,11 +297,30 @@ def print_logprobs(tokenizer: Tokenizer, made: TextCompletion) -> None:
         print(terminal_safe(line), file=sys.stderr)
 
 
-def print_summary(made: list[TextCompletion], seconds: float) -> None:
+def print_probabilities(prompts: list[str], choices: list[str], scores: list[ChoiceScores]) -> None:
+    """A line for each choice, on stderr: its share among the choices, and its own probability."""
+    for i, (prompt, score) in enumerate(zip(prompts, scores, strict=True), start=1):
+        start = terminal_safe(prompt.replace("\n", " "))[:60]
+        over = "every tokenisation" if score.method == "exact" else "the tokenizer's own tokenisation"
+        print(f"--- {i} of {len(prompts)}, by {over}: {start}", file=sys.stderr)
+        for choice, share, logp in zip(choices, score.probabilities, score.logps, strict=True):
+            shown = json.dumps(choice, ensure_ascii=False)
+            print(terminal_safe(f"{share:7.2%} {shown} (logp {logp:.2f})"), file=sys.stderr)
+
+
+def mask_cost(engine: Engine) -> str:
+    """What the constraint's masks took, for the summary."""
+    grammars = engine.grammars
+    if grammars is None or not grammars.masks:
+        return ""
+    return f", {1e6 * grammars.mask_seconds / grammars.masks:,.0f} \u00b5s a mask"
+
+
+def print_summary(made: list[TextCompletion], seconds: float, cost: str = "") -> None:
     """How much was made, how fast, and why it ended, on stderr."""
     tokens = sum(len(completion.ids) for completion in made)
     reasons = [completion.finish_reason for completion in made]
     meanings = {"stop": "at their end", "length": "at --max-tokens", "context": "at the model's context"}
     counts = [f"{reasons.count(key)} {meaning}" for key, meaning in meanings.items() if key in reasons]
     rate = tokens / max(seconds, 1e-9)
-    print(f"{tokens:,} tokens, {rate:,.0f} tokens/s; ended: {', '.join(counts)}", file=sys.stderr)
+    print(f"{tokens:,} tokens, {rate:,.0f} tokens/s{cost}; ended: {', '.join(counts)}", file=sys.stderr)

@@ -22,10 +22,10 @@ def tokenizer() -> Tokenizer:
     return train_bpe([TEXT] * 3, 320)
 
 
-def random_model(vocab_size: int, family: str = "qwen3", context: int = 128) -> CausalLM:
+def random_model(vocab_size: int, family: str = "qwen3", context: int = 128, seed: int = 1) -> CausalLM:
     """Weights large enough that every part of the model shows in its scores."""
     model = CausalLM(ModelConfig(family, vocab_size, 32, 48, 2, 4, 2, 8, context)).eval()
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.25, generator=generator)

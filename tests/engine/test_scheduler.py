@@ -238,8 +238,8 @@ def test_long_prompts_are_read_in_pieces(model: CausalLM, monkeypatch: pytest.Mo
     prompts = random_prompts(6, 60, seed=3)
     expected = Engine(model, [3]).generate(prompts, params)
     monkeypatch.setattr("fledge.engine.slots.PIECE_TOKENS", 7)
-    monkeypatch.setattr("fledge.engine.scheduler.MAX_PASS_TOKENS", 90)
-    monkeypatch.setattr("fledge.engine.scheduler.MAX_LOGITS", 900)
+    monkeypatch.setattr("fledge.engine.reading.MAX_PASS_TOKENS", 90)
+    monkeypatch.setattr("fledge.engine.reading.MAX_LOGITS", 900)
     for one, other in zip(Engine(model, [3]).generate(prompts, params), expected, strict=True):
         assert_same(one, other)
         ours, theirs = [t.logp for t in one.echoed], [t.logp for t in other.echoed]

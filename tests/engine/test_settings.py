@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fledge.engine.settings import banned_sequences, row_params, split_biases, token_id
+from fledge.engine.settings import banned_sequences, read_constraint, row_params, split_biases, token_id
 from fledge.errors import UserError
 from fledge.tokenizer.bpe import Tokenizer
-from fledge.types import SamplingParams
+from fledge.types import Grammar, SamplingParams
 
 DEFAULTS = SamplingParams(temperature=0.3, stop_ids=(5,), max_tokens=9)
 
@@ -46,12 +48,50 @@ def test_a_rows_settings_win(tokenizer: Tokenizer) -> None:
         ({"logit_bias": {"two cats": 1}}, "'two cats' is 6 tokens, not one"),
         ({"logit_bias": {"": 1}}, "'' is 0 tokens"),
         ({"ban": ""}, "banned word is empty"),
+        ({"choices": "yes"}, "choices must be a list of texts"),
+        ({"choices": []}, "choices: there are none"),
+        ({"regex": ["a"]}, "regex must be a text"),
+        ({"json_schema": "{}"}, "json_schema must be an object"),
+        ({"regex": "a", "choices": ["a"]}, "choices and regex: a request can have one of them"),
+        ({"gramar": "start: x"}, "the nearest setting is 'grammar'"),
     ],
 )
 def test_rows_that_mean_nothing(row: dict[str, Any], message: str, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match=message.replace("two cats' is 6", "two cats' is .")) as error:
         row_params(row, DEFAULTS, tokenizer)
     assert "\n" not in str(error.value)
+
+
+def test_constraints_of_rows(tokenizer: Tokenizer) -> None:
+    default = dataclasses.replace(DEFAULTS, constraint=Grammar("regex", "a"))
+
+    def of(row: dict[str, Any]) -> Grammar | None:
+        return row_params(row, default, tokenizer).constraint
+
+    assert of({}) == Grammar("regex", "a")
+    assert of({"regex": None}) is None
+    assert of({"choices": ["a", "b"]}) == Grammar("choices", '["a", "b"]')
+    assert of({"json_schema": {"type": "null"}}) == Grammar("json_schema", '{"type": "null"}')
+    assert of({"grammar": "start: /a/"}) == Grammar("lark", "start: /a/")
+
+
+def test_constraints_of_a_command(tmp_path: Path) -> None:
+    schema, lark = tmp_path / "a.json", tmp_path / "a.lark"
+    schema.write_text('{"type": "null"}')
+    lark.write_text("start: /é/", encoding="utf-8")
+    assert read_constraint((), None, None, None) is None
+    assert read_constraint((), None, str(schema), None) == Grammar("json_schema", '{"type": "null"}')
+    assert read_constraint((), None, ' {"a": 1}', None) == Grammar("json_schema", ' {"a": 1}')
+    assert read_constraint((), None, None, lark) == Grammar("lark", "start: /é/")
+    lark.write_bytes(b"\xff")
+    for given, message in [
+        (((), None, None, lark), "not valid UTF-8"),
+        (((), None, None, tmp_path / "none"), "cannot read the grammar"),
+        (((), None, str(tmp_path / "none"), None), "no such file"),
+        ((("a",), "a", None, None), "choices and regex"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            read_constraint(*given)
 
 
 def test_flags(tokenizer: Tokenizer) -> None:

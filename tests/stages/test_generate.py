@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -291,3 +292,78 @@ def test_a_tokenizer_without_a_template(model: Path, tmp_path: Path, capsys: Cap
     assert capsys.readouterr().out == "Ok!\n"
     assert run(tmp_path / "model", "--prompt", "\n", "--chat") == 2
     assert "no chat template" in capsys.readouterr().err
+
+
+def test_a_constraint_holds(random_model: Path, tmp_path: Path, capsys: Capture) -> None:
+    schema, lark = tmp_path / "a.json", tmp_path / "a.lark"
+    schema.write_text('{"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "maxItems": 4}')
+    lark.write_text('start: "<" /[a-c]{3}/ ">"')
+    for flags, pattern in [
+        (["--choices", "yes", "no"], "yes|no"),
+        (["--regex", "[0-9]{3}"], "[0-9]{3}"),
+        (["--json-schema", str(schema)], r"\[[12](, [12]){1,3}\]"),
+        (["--json-schema", schema.read_text()], r"\[[12](, [12]){1,3}\]"),
+        (["--grammar", str(lark)], "<[a-c]{3}>"),
+    ]:
+        assert run(random_model, "--prompt", "aa", "a", "--max-tokens", "40", *flags) == 0
+        printed = capsys.readouterr()
+        lines = printed.out.splitlines()
+        assert len(lines) == 2 and all(re.fullmatch(pattern, line) for line in lines)
+        assert re.search(r"tokens/s, [\d,]+ \u00b5s a mask; ended: 2 at their end", printed.err)
+    assert run(random_model, "--prompt", "aa", "--regex", "[0-9]{30}", "--max-tokens", "4") == 0
+    printed = capsys.readouterr()
+    assert re.fullmatch("[0-9]{4}\n", printed.out) and "1 at --max-tokens" in printed.err
+
+
+def test_the_probabilities_of_choices(random_model: Path, capsys: Capture) -> None:
+    flags = ["--prompt", "aa", "b", "--choices", "a", "aa", "b", "--show-probabilities"]
+    assert run(random_model, *flags) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "%" in line or "tokenisation" in line]
+    assert [line.split(":")[0] for line in lines if "---" in line] == [
+        f"--- {i} of 2, by every tokenisation" for i in (1, 2)
+    ]
+    shares = [float(line.split("%")[0]) for line in lines if "%" in line]
+    assert len(shares) == 6 and sum(shares[:3]) == pytest.approx(100, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--regex", "a["], "regex: "),
+        (["--regex", "a", "--choices", "b"], "choices and regex"),
+        (["--json-schema", "nowhere.json"], "nowhere.json: no such file"),
+        (["--json-schema", '{"type": "x"}'], "json_schema: Invalid type"),
+        (["--grammar", "nowhere.lark"], "cannot read the grammar"),
+        (["--show-probabilities"], "goes with --choices"),
+    ],
+)
+def test_constraints_that_mean_nothing(
+    random_model: Path, flags: list[str], message: str, capsys: Capture
+) -> None:
+    assert run(random_model, "--prompt", "a", *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_constraints_of_a_batch(random_model: Path, tmp_path: Path, capsys: Capture) -> None:
+    prompts, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows: list[dict[str, object]] = [
+        {"prompt": "a"},
+        {"prompt": "b", "choices": ["x", "yy"]},
+        {"prompt": "a", "regex": "[0-9]{2}"},
+        {"prompt": "a", "regex": "["},
+        {"prompt": "a", "json_schema": {"const": 5}},
+        {"prompt": "a" * 62, "choices": ["xxxx"]},
+    ]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--batch", str(prompts), "--out", str(out), "--choices", "yes", "no", "--max-tokens", "9"]
+    assert run(random_model, *flags, "--show-probabilities") == 0
+    assert "a mask" in capsys.readouterr().err
+    made = [json.loads(line) for line in out.read_text().splitlines()]
+    texts = [row["completions"][0]["text"] if "completions" in row else "" for row in made]
+    assert texts[0] in ("yes", "no") and texts[1] in ("x", "yy") and re.fullmatch("[0-9]{2}", texts[2])
+    assert "regex: " in made[3]["error"] and texts[4] == "5" and "before the choices" in made[5]["error"]
+    for row, choices in ((made[0], {"yes", "no"}), (made[1], {"x", "yy"})):
+        assert row["probabilities"].keys() == choices and row["probabilities_method"] == "exact"
+        assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-4)
+    assert "probabilities" not in made[2]
