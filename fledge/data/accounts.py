@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from fledge.data.interleave import Mixture
 from fledge.data.mixture import MixtureSource
-from fledge.data.sources import list_files
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class Account:
     bytes: int
     """UTF-8 bytes of its text."""
     disk_bytes: int
-    """Of its files, as they lie on the disk."""
+    """Of its files, as they lay on the disk when they were tokenised."""
     tokenised: int
     held_out: int
     trained: int
@@ -44,7 +43,7 @@ def accounts(sources: Sequence[MixtureSource], mixture: Mixture, rows: int) -> d
         found[item.name] = Account(
             documents=len(item.shards),
             bytes=int(item.shards.text_bytes.sum()),
-            disk_bytes=sum(file.bytes for file in list_files(item.source)),
+            disk_bytes=item.shards.disk_bytes,
             tokenised=item.shards.tokens,
             held_out=item.held_out_tokens,
             trained=trained,

@@ -30,7 +30,7 @@ from fledge.data.cleaning_accounts import (
 )
 from fledge.data.cleaning_report import page
 from fledge.data.decontamination import Evaluations
-from fledge.data.duplicates import SHORT_WORDS, NearDuplicates, shingles, text_hash
+from fledge.data.duplicates import Repeats, shingles, text_hash
 from fledge.data.language import LanguageFilter
 from fledge.data.privacy import check_kinds, mask
 from fledge.data.quality import DEFAULT_RULES, RULES, Rule, choose_rules, judge
@@ -95,9 +95,9 @@ def prepare(
     """Clean sources into `out`: NAME.jsonl.zst each, mixture.toml, summary.json and report.html.
 
     Documents are read one by one; what is remembered of one that is kept is its hash (some 130 bytes) and
-    its MinHash signature (see `NearDuplicates`). The directory is there whole or not at all. `progress` is
-    told the source, its documents and its bytes so far. A source of which nothing is left has no file and
-    is not in the mixture. Returns the summary.
+    its MinHash signature, or if it is short a hash of its shingles (see `Repeats`). The directory is there
+    whole or not at all. `progress` is told the source, its documents and its bytes so far. A source of which
+    nothing is left has no file and is not in the mixture. Returns the summary.
 
     Raises UserError for settings and sources that cannot be, for bad content, or if nothing is left.
     """
@@ -138,7 +138,7 @@ class _Steps:
             else None
         )
         self.exact: dict[int, int] = {}
-        self.near = NearDuplicates(cleaning.seed) if cleaning.near_duplicates else None
+        self.near = Repeats(cleaning.seed, cleaning.jaccard) if cleaning.near_duplicates else None
         self.evaluations = Evaluations(cleaning.evaluations, cleaning.mask) if cleaning.evaluations else None
         self.kept = 0
         self.first_kept: dict[str, int] = {}
@@ -190,20 +190,19 @@ class _Steps:
             return _LeftOut("exact-duplicate", "the same text", text, self.exact[key])
         words = words_of(text) if self.near is not None or self.evaluations is not None else []
         hashes = word_hashes(words)
-        sketch = None
+        near_key = None
         if self.near is not None:
-            sketch = self.near.sketch(shingles(text, hashes, self.cleaning.shingle_words))
-            threshold = self.cleaning.jaccard if len(words) >= SHORT_WORDS else 1.0
-            if match := self.near.find(sketch, threshold):
-                reason = f"similarity {match.similarity:.2f} >= {threshold:g}"
-                return _LeftOut("near-duplicate", reason, text, match.number)
+            near_key = self.near.key(shingles(text, hashes, self.cleaning.shingle_words), len(words))
+            if found := self.near.find(near_key):
+                original, reason = found
+                return _LeftOut("near-duplicate", reason, text, original)
         if self.evaluations is not None and (reason := self.evaluations.find(words, hashes)):
             return _LeftOut("evaluation", reason, text)
         # Only what is kept can be repeated: a document that was left out stands for no other.
         if self.cleaning.exact_duplicates:
             self.exact[key] = self.kept
-        if self.near is not None and sketch is not None:
-            self.near.add(sketch)
+        if self.near is not None and near_key is not None:
+            self.near.add(near_key, self.kept)
         self.kept += 1
         return text
 

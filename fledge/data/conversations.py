@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fledge.data.sources import Source, has_conversations, read_documents, read_rows
+from fledge.data.sources import Source, document_filter, has_conversations, read_documents, read_rows
 from fledge.errors import UserError
 from fledge.files import read_jsonl
 from fledge.tokenizer.bpe import Tokenizer
@@ -90,6 +90,8 @@ def read_texts(source: Source, tokenizer: Tokenizer) -> tuple[list[str], Encode]
     if not has_conversations(source):
         return list(read_documents(source)), tokenizer.encode_batch
     chats = _encode_rows(source.path, read_rows(source), tokenizer, max_tokens=2**31, cut_overlong=False)
-    texts = [tokenizer.decode(ids, skip_special=True) for ids in chats.ids]
-    ids_of = dict(zip(texts, chats.ids, strict=True))
+    keeps = document_filter(source)
+    written = [(tokenizer.decode(ids, skip_special=True), ids) for ids in chats.ids]
+    texts = [text for text, _ in written if keeps(text)]
+    ids_of = dict(written)
     return texts, lambda some: [ids_of[text] for text in some]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import sys
+from array import array
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +16,9 @@ from fledge.data.words import Hashes, ngram_hashes
 PERMUTATIONS = 120
 BAND_ROWS = 6
 """20 bands of 6: of pairs with a Jaccard similarity of 0.8, 99.8% meet in a band; of those with 0.5, 27%."""
+MAX_LINKS = 100
+"""How many documents of a band are looked at, the latest first. Texts made from one template all meet in the
+bands of the template; looking at all of them would take time that grows with their square."""
 SHORT_WORDS = 30
 """In a text with fewer words each word counts: it repeats another if all its shingles are the same."""
 
@@ -29,6 +34,11 @@ def shingles(text: str, hashes: Hashes, words: int) -> Hashes:
     if not len(hashes):  # no word: it is like nothing but itself
         return np.array([text_hash(text)], np.uint64)
     return ngram_hashes(hashes, min(words, len(hashes)))
+
+
+def shingle_set_hash(shingled: Hashes) -> int:
+    """64 bits of a set of shingles, in any order and however often."""
+    return int.from_bytes(hashlib.blake2b(np.unique(shingled).tobytes(), digest_size=8).digest(), "big")
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,8 @@ class NearDuplicates:
 
     A document costs 4 bytes for each of the 120 permutations and for each of the 20 bands, and 4 to 8 bytes
     more for each band in its hash table: 640 to 720 bytes; while the index grows, up to twice that.
+    Of each band at most `MAX_LINKS` (100) documents are looked at, the latest first: an earlier one is missed
+    if in every band that it shares so many have come since.
     The standard error of an estimate is sqrt(j * (1 - j) / 120): 0.037 at a similarity j of 0.8.
     Raises UserError if `rensa` is not installed.
     """
@@ -85,17 +97,7 @@ class NearDuplicates:
 
     def find(self, sketch: Sketch, threshold: float) -> Match | None:
         """The most similar of the documents that share a band, if it reaches the threshold."""
-        if not self._count:
-            return None
-        bands = self._bands
-        place = self._latest[bands, self._slots(sketch.keys)]
-        found = []
-        while len(place):
-            filled = np.flatnonzero(place)
-            bands, place = bands[filled], place[filled]
-            found.append(place)
-            place = self._before[place.astype(np.int64) - 1, bands]
-        candidates = np.unique(np.concatenate(found)).astype(np.int64) - 1
+        candidates = np.unique(self.links(sketch))
         if not len(candidates):
             return None
         similarities = (self._signatures[candidates] == sketch.signature).mean(axis=1)
@@ -103,6 +105,20 @@ class NearDuplicates:
         if similarities[best] < threshold:
             return None
         return Match(int(candidates[best]), float(similarities[best]))
+
+    def links(self, sketch: Sketch) -> npt.NDArray[np.int64]:
+        """The documents that are looked at, one for each link followed: at most `MAX_LINKS` a band."""
+        found = [np.zeros(0, np.int64)]
+        bands = self._bands
+        place = self._latest[bands, self._slots(sketch.keys)] if self._count else np.zeros(0, np.uint32)
+        for _ in range(MAX_LINKS):
+            filled = np.flatnonzero(place)
+            if not len(filled):
+                break
+            bands, numbers = bands[filled], place[filled].astype(np.int64) - 1
+            found.append(numbers)
+            place = self._before[numbers, bands]
+        return np.concatenate(found)
 
     def add(self, sketch: Sketch) -> None:
         """Add a document; its number is how many there were before it."""
@@ -140,3 +156,45 @@ class NearDuplicates:
             slots = self._slots(self._keys(self._signatures[start : min(start + 4096, self._count)]))
             for number, row in enumerate(slots, start=start):
                 self._link(number, row)
+
+
+class Repeats:
+    """The documents that were kept, to be asked which of them a text repeats.
+
+    Texts of at least `SHORT_WORDS` words are compared by an index of signatures, shorter ones by a hash of
+    all their shingles; the long are not compared with the short.
+    Raises UserError if `rensa` is not installed.
+    """
+
+    def __init__(self, seed: int, jaccard: float) -> None:
+        self._jaccard = jaccard
+        self._index = NearDuplicates(seed)
+        self._numbers = array("I")  # of the documents in the index
+        self._short: dict[int, int] = {}
+
+    @property
+    def memory_bytes(self) -> int:
+        """What is remembered takes, at 32 bytes for each number in the table of short texts."""
+        short = sys.getsizeof(self._short) + 64 * len(self._short)
+        return self._index.memory_bytes + self._numbers.itemsize * len(self._numbers) + short
+
+    def key(self, shingled: Hashes, words: int) -> Sketch | int:
+        """What is remembered of a text with so many words."""
+        return self._index.sketch(shingled) if words >= SHORT_WORDS else shingle_set_hash(shingled)
+
+    def find(self, key: Sketch | int) -> tuple[int, str] | None:
+        """The number of the document that a text repeats, and why it does."""
+        if isinstance(key, int):
+            return (self._short[key], "the same runs of words") if key in self._short else None
+        match = self._index.find(key, self._jaccard)
+        if match is None:
+            return None
+        return self._numbers[match.number], f"similarity {match.similarity:.2f} >= {self._jaccard:g}"
+
+    def add(self, key: Sketch | int, number: int) -> None:
+        """Remember a document under a number."""
+        if isinstance(key, int):
+            self._short[key] = number
+        else:
+            self._index.add(key)
+            self._numbers.append(number)

@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from fledge.data.shard_files import DOCUMENT, Rows, Tokens
-from fledge.data.sources import BadLines, Source, document_hash, read_rows
+from fledge.data.sources import BadLines, Source, document_filter, document_hash, read_rows
 from fledge.errors import UserError
 from fledge.tokenizer.bpe import Tokenizer, check_text
 from fledge.tokenizer.chat import encode_chat
@@ -126,8 +126,9 @@ def encode_conversations(
     """The conversations of a source one at a time: the separator, then what the chat template writes.
 
     The text that counts for bytes and hash is what the template writes, special tokens left out. What is no
-    conversation goes to `bad`.
+    conversation goes to `bad`; what the settings of the source leave out, by that text, is left out.
     """
+    keeps = document_filter(source)
     for where, row in read_rows(source, bad):
         messages, tools = row.get("messages"), row.get("tools")
         try:
@@ -138,5 +139,7 @@ def encode_conversations(
             bad.report(f"{where}: {error}")
             continue
         text, ids = tokenizer.decode(chat.ids, skip_special=True), [tokenizer.eos_id, *chat.ids]
+        if not keeps(text):
+            continue
         row_of = (len(ids), len(text.encode()), document_hash(text))
         yield np.array([row_of], dtype=DOCUMENT), np.array(ids, dtype=dtype)

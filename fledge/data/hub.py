@@ -33,6 +33,8 @@ def local_version(path: str) -> str:
     folder = Path(parse_path(path)[0])
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*")) if folder.is_dir() else []:
+        if not file.is_file():  # a folder, or a link to nothing
+            continue
         status = file.stat()
         digest.update(f"{file.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
     return digest.hexdigest() if folder.is_dir() else ""

@@ -17,6 +17,9 @@ import torch
 from fledge.data.packing import RowSource
 from fledge.types import Batch
 
+# How many rows are planned ahead: enough to do it rarely, few enough that nobody notices (5 us a row).
+BLOCK_ROWS = 2**14
+
 
 class Schedule:
     """Which source each row comes from: at every prefix each of k sources is within 1 - 1/(2k - 2) rows of
@@ -33,11 +36,15 @@ class Schedule:
 
     def row(self, number: int) -> tuple[int, int]:
         """The source of a row, and which of that source's rows it is."""
+        if len(self._weights) == 1:
+            return 0, number
         self._extend(number + 1)
         return int(self._sources[number]), int(self._ranks[number])
 
     def counts(self, rows: int) -> list[int]:
         """How many of the first `rows` rows each source has."""
+        if len(self._weights) == 1:
+            return [rows]
         self._extend(rows)
         counts = np.bincount(self._sources[:rows], minlength=len(self._weights))
         return [int(count) for count in counts]
@@ -46,7 +53,7 @@ class Schedule:
         done = len(self._sources)
         if rows <= done:
             return
-        more = max(rows - done, done, 1024)
+        more = max(rows - done, min(done, BLOCK_ROWS), 1024)
         sources, ranks = np.empty(more, dtype=np.int32), np.empty(more, dtype=np.int64)
         slack = 1 / max(2, 2 * len(self._weights) - 2)
         for i in range(more):

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from fledge.config import nearest
 from fledge.data.readers import need
 from fledge.errors import UserError
 
@@ -15,18 +14,20 @@ _SLICES = 4
 
 
 class LanguageFilter:
-    """Lets texts in some languages pass. Raises UserError for an unknown language or without `py3langid`."""
+    """Lets texts in some languages pass, whose codes may be in capitals.
+
+    Raises UserError for an unknown language or without `py3langid`.
+    """
 
     def __init__(self, languages: Sequence[str], min_probability: float) -> None:
-        self._languages = frozenset(languages)
+        self._languages = frozenset(language.lower() for language in languages)
         self._min_probability = min_probability
         self._identifier = _identifier()
         for language in languages:
-            if language not in self._identifier.labels:
-                known = nearest(language, self._identifier.labels)
+            if language.lower() not in self._identifier.labels:
                 raise UserError(
-                    f"--languages {language}: no such language; they are two-letter codes (ISO 639-1) "
-                    f"such as {known!r}"
+                    f"--languages {language}: no such code of a language; two-letter codes (ISO 639-1) are "
+                    "wanted, as in en"
                 )
 
     def reason(self, text: str) -> str | None:

@@ -30,8 +30,8 @@ def default_name(path: str) -> str:
     if is_glob(path):
         parts = Path(path).parts
         fixed = next(place for place, part in enumerate(parts) if WILDCARD.search(part))
-        return Path(*parts[:fixed]).resolve().name or "files"
-    found = Path(path).resolve()
+        return Path(os.path.realpath(Path(*parts[:fixed]))).name or "files"
+    found = Path(os.path.realpath(path))  # Path.resolve fails for a link to itself
     return (Path(found.stem).stem if found.suffix.lower() in PACKED else found.stem) or "files"
 
 

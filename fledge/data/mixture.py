@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import math
+import os
 import re
 import tomllib
 from collections.abc import Callable, Sequence
@@ -15,7 +17,9 @@ import numpy as np
 
 from fledge.config import nearest
 from fledge.data.interleave import Mixture
+from fledge.data.locations import is_glob
 from fledge.data.packing import BestFitRows, Ints, RowSource, StreamRows
+from fledge.data.quality import choose_rules
 from fledge.data.shards import Shards, tokenise
 from fledge.data.sources import BadLines, Source, check_source, held_out_hashes, parse_sources
 from fledge.errors import UserError
@@ -115,15 +119,30 @@ def _read_source(path: Path, text: str, name: str, entry: Any) -> Source:
     values = dict(entry)
     if "rules" in values:
         values["rules"] = tuple(map(str, values["rules"]))
-    if not re.match(r"(python|hf)(:|$)", values["path"]) and not Path(values["path"]).is_absolute():
-        values["path"] = str(path.parent / values["path"])
+    values["path"] = _beside(path.parent, values["path"])
     values["weight"] = float(values["weight"]) if "weight" in values else None
     source = Source(name=name, **values)
     try:
         check_source(source)
+        choose_rules(source.rules or ())
     except UserError as error:
         raise UserError(f"{at}: {error}") from None
     return source
+
+
+def _beside(folder: Path, path: str) -> str:
+    """A source's path as seen from the mixture file's folder."""
+    if re.match(r"python(:|$)", path) or not path:
+        return path
+    if path.startswith("hf:"):
+        name = path.removeprefix("hf:")
+        return f"hf:{folder / name}" if (folder / name.partition(":")[0]).is_dir() else path
+    path = os.path.expanduser(path)
+    return (
+        path
+        if Path(path).is_absolute()
+        else str(Path(glob.escape(str(folder)) if is_glob(path) else folder) / path)
+    )
 
 
 def _kind(key: str) -> str:
@@ -150,7 +169,7 @@ class MixtureSource:
     training: Ints
     """Its training documents."""
     held_out: Ints
-    """Documents that are not trained on, chosen by a hash of their text."""
+    """Documents that are not trained on, chosen by a hash of their text and in its order."""
 
     @property
     def name(self) -> str:
@@ -204,15 +223,20 @@ def tokenise_sources(
 
     Raises UserError for a source that is empty or too small to hold anything out.
     """
-    mixed = []
+    tokenised = []
     for source in sources:
 
         def show(documents: int, tokens: int, name: str = source.name) -> None:
             if progress is not None:
                 progress(name, documents, tokens)
 
-        shards = tokenise(source, tokenizer, directory, bad=bad, progress=show)
-        held = held_out_hashes(shards.hashes, validation_share)
+        tokenised.append(tokenise(source, tokenizer, directory, bad=bad, progress=show))
+    # What one source holds out, no other trains on.
+    hashes = [shards.hashes[held_out_hashes(shards.hashes, validation_share)] for shards in tokenised]
+    everywhere = np.unique(np.concatenate(hashes))
+    mixed = []
+    for source, shards in zip(sources, tokenised, strict=True):
+        held = np.isin(shards.hashes, everywhere)
         training, held_out = np.flatnonzero(~held), np.flatnonzero(held)
         if not len(training) or not len(held_out):
             raise UserError(
@@ -220,6 +244,7 @@ def tokenise_sources(
                 f"(--validation-share {validation_share})"
             )
         weight = float(shards.lengths[training].sum()) if source.weight is None else source.weight
+        held_out = held_out[np.argsort(shards.hashes[held_out], kind="stable")]
         mixed.append(MixtureSource(source, shards, weight, training, held_out))
     total = sum(item.share for item in mixed)
     return [dataclasses.replace(item, share=item.share / total) for item in mixed]

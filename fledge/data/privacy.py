@@ -165,14 +165,17 @@ def _ips(text: str) -> tuple[str, int]:
 
 # --- telephones -----------------------------------------------------------------------------------
 
-# Country codes of the ITU (E.164), and at most 15 digits. Groups of digits, each separated by one character.
+# Country codes of the ITU (E.164), and at most 15 digits: in one run, or in groups separated by one
+# character, the same throughout. The run has its own alternative: an empty separator could cut it up anyhow.
 _CODE = (
     r"(?:7|20|27|3[0-469]|4[013-9]|5[1-8]|6[0-6]|8[1246]|9[0-58]|21[12368]|2[2-69]\d|3[578]\d|42\d|5[09]\d|6[789]\d"
     r"|8[0578]\d|9[679]\d)"
 )
+_AREA = r"(?:\(0?\d{0,4}\)[ .\u00a0-]?)?"
 _INTERNATIONAL = re.compile(
-    rf"(?<![\w+.])(?P<value>\+{_CODE}(?P<separator>[ .\u00a0-]?)(?:\(0?\d{{0,4}}\)[ .\u00a0-]?)?"
-    r"\d{1,14}(?:(?P=separator)\d{1,14}){0,5})(?!\w|[.,]\d)"
+    rf"(?<![\w+.])(?P<value>\+{_CODE}"
+    rf"(?:{_AREA}\d{{1,14}}|(?P<separator>[ .\u00a0-]){_AREA}\d{{1,14}}(?:(?P=separator)\d{{1,14}}){{0,5}}))"
+    r"(?!\w|[.,]\d)"
 )
 # North America: 3-3-4 digits with separators, neither area nor exchange beginning with 0 or 1.
 _NORTH_AMERICA = re.compile(

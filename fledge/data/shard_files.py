@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -177,3 +180,32 @@ def _finish(file: IO[Any], path: Path) -> None:
     os.fsync(file.fileno())
     file.close()
     _temporary(path).replace(path)
+
+
+@contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Hold the directory, which is made if need be; wait while another process does."""
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        handle = (target / "lock").open("a+")
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {error.strerror}; choose another place") from None
+    with handle:
+        try:
+            _wait_for(handle, target)
+        except OSError as error:
+            raise UserError(f"{target}: cannot be locked: {error.strerror}; choose another place") from None
+        yield
+
+
+def _wait_for(handle: IO[str], target: Path) -> None:
+    """Take a lock, and leave in it who has it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.seek(0)
+        print(f"{target}: {handle.read() or 'another process'} is at it; waiting", file=sys.stderr)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+    handle.flush()

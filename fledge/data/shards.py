@@ -7,19 +7,15 @@ when both its files are there, so an interrupted run goes on after the last pair
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
-import socket
-import sys
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +29,16 @@ from fledge.data.encoding import (
     in_order,
     pick_encoder,
 )
-from fledge.data.shard_files import TOKEN_TYPES, Rows, ShardWriter, Tokens, map_tokens, read_rows, token_type
+from fledge.data.shard_files import (
+    TOKEN_TYPES,
+    Rows,
+    ShardWriter,
+    Tokens,
+    locked,
+    map_tokens,
+    read_rows,
+    token_type,
+)
 from fledge.data.sources import (
     BadLines,
     Source,
@@ -44,12 +49,15 @@ from fledge.data.sources import (
     read_documents,
     source_version,
 )
+from fledge.data.streams import EXAMPLES
 from fledge.errors import UserError
-from fledge.files import read_json, remove_leftovers, write_json
+from fledge.files import open_binary, read_json, remove_leftovers, write_json
 from fledge.tokenizer.bpe import Tokenizer
 
 INDEX = "index.json"
-FORMAT = 2  # also of what a document is: another reader of texts is another format
+FORMAT = 3  # also of what a document is: another reader of texts is another format
+# How much of each end of a file tells it from others of its name, size and time of change.
+END_BYTES = 2**16
 
 
 @dataclass
@@ -72,6 +80,10 @@ class Shards:
     """SHA-256 over all documents and tokens, however they were cut into shards."""
     skipped_lines: int
     """Lines of the source that could not be read."""
+    skipped_examples: list[str]
+    """What was wrong with the first of them."""
+    disk_bytes: int
+    """Of the source's files when it was tokenised; 0 where there are none."""
     dtype: str
     _first: npt.NDArray[np.int64] = field(repr=False)
     """Number of the first document of each shard."""
@@ -112,10 +124,12 @@ class Shards:
                 raise damaged
             found = [read_rows(directory, shard, dtype) for shard in range(len(shards))]
             counts = [None if rows is None else [len(rows), int(rows["tokens"].sum())] for rows in found]
-            fingerprint, skipped = str(index["fingerprint"]), int(index["skipped_lines"])
+            fingerprint, disk_bytes = str(index["fingerprint"]), int(index["disk_bytes"])
+            skipped = int(index["skipped_lines"])
+            examples = [str(example) for example in index["skipped_examples"]]
         except (KeyError, TypeError, ValueError):
             raise damaged from None
-        if not found or counts != shards:
+        if not found or counts != shards or bool(skipped) != bool(examples):
             raise damaged
         rows = np.concatenate([rows for rows in found if rows is not None])
         firsts = np.concatenate([[0], np.cumsum([documents for documents, _ in shards])])
@@ -130,6 +144,8 @@ class Shards:
             hashes=np.ascontiguousarray(rows["hash"], dtype=np.uint64),
             fingerprint=fingerprint,
             skipped_lines=skipped,
+            skipped_examples=examples,
+            disk_bytes=disk_bytes,
             dtype=dtype,
             _first=firsts[:-1],
             _starts=starts,
@@ -148,11 +164,12 @@ def tokenise(
 ) -> Shards:
     """Tokenise a source into a directory of its own in `directory`, or open it if that was done before.
 
-    The directory's name has a hash of the tokenizer, of the source's settings and of its files' names, sizes
-    and times of change: when one of them changes, the source is tokenised anew beside. An interrupted run
-    goes on after its last complete shard (a shard closes at `shard_tokens`). Memory holds a few chunks of
-    1 MB of text for each of `workers` threads (default: the cores there are) and 24 bytes a document. If
-    another process is at the same source, this one waits for it. `progress` gets documents and tokens so far.
+    The directory's name has a hash of the tokenizer, of the source's settings and of its files' names, sizes,
+    times of change and ends: when one of them changes, the source is tokenised anew beside. What was skipped
+    then is added to `bad` whenever the directory is opened. An interrupted run goes on after its last
+    complete shard (a shard closes at `shard_tokens`). Memory holds a few chunks of 1 MB of text for each of
+    `workers` threads (default: the cores there are) and 24 bytes a document. If another process is at the
+    same source, this one waits for it. `progress` gets documents and tokens so far.
 
     Raises UserError if there is no document, a bad line (unless `bad` skips it), a file that changes
     meanwhile, or no room on the disk.
@@ -162,7 +179,7 @@ def tokenise(
     target = directory / f"{_safe(source.name)}-{_key(source, tokenizer, files)[:16]}"
     if shards := _open_complete(source, target, bad):
         return shards
-    with _locked(target):
+    with locked(target):
         if shards := _open_complete(source, target, bad):  # another process was at it
             return shards
         counted = BadLines(skip=bad.skip, advice=bad.advice)
@@ -177,13 +194,21 @@ def tokenise(
                         progress(writer.documents, writer.tokens)
             writer.close_shard()
         if not writer.documents:
-            raise UserError(f"{source.path}: no text in it")
+            skipped = (
+                f" ({counted.count:,} lines were skipped, as {counted.examples[0]})" if counted.count else ""
+            )
+            raise UserError(f"{source.path}: no text in it{skipped}")
         if list_files(source) != files:
             raise UserError(f"{source.path}: changed while it was read; run the same command again")
-        _write_index(source, tokenizer, writer, counted.count)
-    bad.count += counted.count
-    bad.examples = (bad.examples + counted.examples)[:5]
-    return Shards.open(source.name, target)
+        _write_index(source, tokenizer, writer, counted, sum(file.bytes for file in files))
+        return _report(Shards.open(source.name, target), bad)
+
+
+def _report(shards: Shards, bad: BadLines) -> Shards:
+    """Add to `bad` what was skipped when the shards were made."""
+    bad.count += shards.skipped_lines
+    bad.examples = (bad.examples + shards.skipped_examples)[:EXAMPLES]
+    return shards
 
 
 def _open_complete(source: Source, target: Path, bad: BadLines) -> Shards | None:
@@ -197,7 +222,7 @@ def _open_complete(source: Source, target: Path, bad: BadLines) -> Shards | None
             return None
         raise
     # With bad lines left out earlier, who wants none left out gets the error that reading gives.
-    return None if shards.skipped_lines and not bad.skip else shards
+    return None if shards.skipped_lines and not bad.skip else _report(shards, bad)
 
 
 def _chunks(
@@ -230,7 +255,9 @@ def _pass_over(hashes: npt.NDArray[np.uint64], documents: Iterator[str]) -> bool
     return True
 
 
-def _write_index(source: Source, tokenizer: Tokenizer, writer: ShardWriter, skipped_lines: int) -> None:
+def _write_index(
+    source: Source, tokenizer: Tokenizer, writer: ShardWriter, skipped: BadLines, disk_bytes: int
+) -> None:
     index = {
         "format": FORMAT,
         "source": asdict(source),
@@ -240,7 +267,9 @@ def _write_index(source: Source, tokenizer: Tokenizer, writer: ShardWriter, skip
         "documents": writer.documents,
         "tokens": writer.tokens,
         "text_bytes": writer.text_bytes,
-        "skipped_lines": skipped_lines,
+        "disk_bytes": disk_bytes,
+        "skipped_lines": skipped.count,
+        "skipped_examples": skipped.examples,
         "fingerprint": writer.fingerprint.hexdigest(),
         "shards": writer.shards,
     }
@@ -251,15 +280,31 @@ def _write_index(source: Source, tokenizer: Tokenizer, writer: ShardWriter, skip
 
 
 def _key(source: Source, tokenizer: Tokenizer, files: list[SourceFile]) -> str:
-    """A hash of all that decides the tokens, as far as it can be told without reading the source."""
+    """A hash of all that decides the tokens, as far as it can be told without reading all of the source."""
     elsewhere = ("name", "path", "weight", "max_epochs", "rules")
     settings = {key: value for key, value in asdict(source).items() if key not in elsewhere}
     base = os.path.commonpath([file.path.parent for file in files]) if files else ""
-    named = [[os.path.relpath(file.path, base), file.bytes, file.modified_ns] for file in files]
+    named = [
+        [os.path.relpath(file.path, base), file.bytes, file.modified_ns, _ends(file.path)] for file in files
+    ]
     # Texts that come with Python or from a hub have no files to tell them by.
     origin = [] if files else [source.path, source_version(source), __version__]
     parts = [FORMAT, tokenizer.fingerprint(), tokenizer.eos_id, settings, named, origin]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _ends(path: Path) -> str:
+    """A hash of the first and the last `END_BYTES` of a file: copies and unpacked archives often share name,
+    size and time with another file."""
+    with open_binary(path) as file:
+        try:
+            digest = hashlib.sha256(file.read(END_BYTES))
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - END_BYTES))
+            digest.update(file.read(END_BYTES))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    return digest.hexdigest()
 
 
 def _safe(name: str) -> str:
@@ -269,32 +314,3 @@ def _safe(name: str) -> str:
 def _cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Hold the directory, which is made if need be; wait while another process does."""
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        handle = (target / "lock").open("a+")
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written: {error.strerror}; choose another place") from None
-    with handle:
-        try:
-            _wait_for(handle, target)
-        except OSError as error:
-            raise UserError(f"{target}: cannot be locked: {error.strerror}; choose another place") from None
-        yield
-
-
-def _wait_for(handle: IO[str], target: Path) -> None:
-    """Take a lock, and leave in it who has it."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        handle.seek(0)
-        print(f"{target}: {handle.read() or 'another process'} is at it; waiting", file=sys.stderr)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    handle.truncate(0)
-    handle.write(f"process {os.getpid()} on {socket.gethostname()}")
-    handle.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import platform
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -64,10 +65,31 @@ class SourceFile:
 
 
 def parse_source(text: str) -> Source:
-    """Read `path`, `name=path`, `path:weight` or `name=path:weight`.
+    """Read `path`, `name=path`, `path:weight` or `name=path:weight`; a file of that whole name is a path.
 
-    Raises UserError for a broken weight and for what `check_source` finds.
+    Raises UserError for a broken weight, a mixture file, and for what `check_source` finds.
     """
+    name, path, weight = ("", text, None) if _is_path(text) else _split_source(text)
+    if not path:
+        raise UserError(f"--data {text}: no path; write name=path:weight, as in wiki=texts/wiki:0.5")
+    if path != text and path.endswith(".toml") and not is_glob(path):
+        raise UserError(f"--data {text}: a mixture file is given alone, without name and weight")
+    source = Source(name or default_name(path), path, weight)
+    try:
+        check_source(source)
+    except UserError as error:
+        split = "" if path == text else " (read as NAME=PATH:WEIGHT)"
+        raise UserError(f"--data {text}: {error}{split}") from None
+    return source
+
+
+def _is_path(text: str) -> bool:
+    """Whether there is a file or folder of this whole name, whatever `=` and `:` in it could mean."""
+    return bool(text) and source_kind(Source("", text, None)) == "files" and os.path.exists(text)
+
+
+def _split_source(text: str) -> tuple[str, str, float | None]:
+    """Name, path and weight; the name may be empty."""
     name, equals, rest = text.partition("=")
     if not equals:
         name, rest = "", text
@@ -83,14 +105,7 @@ def parse_source(text: str) -> Source:
                 raise UserError(f"--data {text}: the weight must be a positive number, got {last}")
     else:
         path = rest
-    if not path:
-        raise UserError(f"--data {text}: no path; write name=path:weight, as in wiki=texts/wiki:0.5")
-    source = Source(name or default_name(path), path, weight)
-    try:
-        check_source(source)
-    except UserError as error:
-        raise UserError(f"--data {text}: {error}") from None
-    return source
+    return name, path, weight
 
 
 def parse_sources(texts: Sequence[str]) -> list[Source]:
@@ -116,6 +131,12 @@ def check_source(source: Source) -> None:
     """
     for key, pattern in (("contains", source.contains), ("lacks", source.lacks)):
         _compile(key, pattern)
+    if not source.path:
+        raise UserError("path is empty; name a file, a folder or a glob")
+    if not source.field:
+        raise UserError('field is empty; name the field that holds the text, as in field = "text"')
+    if source.min_characters < 0:
+        raise UserError(f"min_characters ({source.min_characters}) is below 0")
     if source.max_characters is not None and source.max_characters < source.min_characters:
         raise UserError(
             f"max_characters ({source.max_characters}) is below min_characters ({source.min_characters})"

@@ -12,7 +12,6 @@ from rich.table import Table
 
 from fledge.data.accounts import Account
 from fledge.data.mixture import MixtureSource
-from fledge.data.sources import list_files
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
@@ -48,7 +47,7 @@ def plan_table(sources: Sequence[MixtureSource], planned_tokens: int | None) -> 
         figures = (
             len(item.shards),
             int(item.shards.text_bytes.sum()),
-            sum(file.bytes for file in list_files(item.source)),
+            item.shards.disk_bytes,
             item.shards.tokens,
             item.held_out_tokens,
         )

@@ -161,9 +161,11 @@ class Engine:
     @torch.inference_mode()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probability (nats, fp32) of every token but the first of each sequence, given those before
-        it. Raises UserError for a sequence longer than the context."""
+        it. The last token is not read: a sequence may be one longer than the context. Raises UserError for a
+        longer one."""
+        context, vocab_size = self.context + 1, self.model.config.vocab_size
         for number, ids in enumerate(sequences, start=1):
-            self._check(ids, f"text {number} of {len(sequences)}", smallest=0)
+            check_ids(ids, f"text {number} of {len(sequences)}", context, vocab_size, smallest=0)
         scores: list[list[float]] = [[] for _ in sequences]
         for rows in self._batches([len(sequence) for sequence in sequences]):
             rows = [row for row in rows if len(sequences[row]) > 1]

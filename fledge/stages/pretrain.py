@@ -13,6 +13,7 @@ from rich.console import Console
 from fledge.config import check_at_least, to_toml
 from fledge.data.accounts import Account, accounts
 from fledge.data.mixture import (
+    MixtureSource,
     Packing,
     check_size,
     load_sources,
@@ -27,11 +28,13 @@ from fledge.errors import UserError
 from fledge.evals.bits import bits_per_byte
 from fledge.files import new_directory, write_json
 from fledge.model.checkpoint import save_model
+from fledge.model.config import ModelConfig
 from fledge.model.transformer import CausalLM
 from fledge.run import Run, lineage
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.train.loop import FitConfig, Metrics, fit, row_steps
 from fledge.train.losses import next_token_loss
+from fledge.train.memory import Setup, check_memory, free_bytes, resident_bytes
 from fledge.train.optim import OptimizerName, make_optimizers
 from fledge.train.progress import reading_progress, say
 from fledge.train.recipe import Recipe, intermediate_size_for, model_config, parse_count, recipe_for
@@ -70,6 +73,8 @@ class Config:
     """Tokens of an optimizer step; by default from --params."""
     micro_batch_tokens: int = 16_384
     """Most tokens in memory at once; larger batches are accumulated."""
+    checkpoint_activations: bool = False
+    """Compute the inside of each block again in the backward pass: a third slower, far less memory."""
     optimizer: OptimizerName = "muon"
     """muon (hidden matrices; AdamW for the rest) or adamw (for all)."""
     matrix_lr: float | None = None
@@ -125,29 +130,29 @@ def main(config: Config) -> None:
     device = pick_device(config.device)
     recipe = _recipe(config, tokenizer.vocab_size)
     prompts = _encode_prompts(config, tokenizer)
+    fit_config = _fit_config(config, recipe, device)
+    memory = _check_memory(config, tokenizer.vocab_size, recipe, fit_config, device)
     model = CausalLM(model_config(recipe, config.model_type, tokenizer.vocab_size, config.context))
+    model.checkpoint_activations = config.checkpoint_activations
     model.init_weights(torch.Generator().manual_seed(config.seed))
     model.to(device)
     rates = (recipe.matrix_lr, recipe.adam_lr, config.weight_decay)
     optimizers = make_optimizers(model, config.optimizer, *rates)
-    fit_config = _fit_config(config, recipe, device)
     with reading_progress(console) as progress:  # after all that can be wrong without it
         bad = BadLines(skip=config.skip_bad_lines)
         shards = config.shards or config.out.parent / "shards"
         sources = tokenise_sources(named, tokenizer, shards, config.validation_share, bad, progress)
     if bad.count:
         say(console, f"{bad.count:,} lines could not be read and were skipped, as {bad.examples[0]}")
-    planned = fit_config.total_steps and fit_config.total_steps * recipe.batch_tokens
-    most = check_size(sources, recipe.batch_tokens, planned)
-    if most is not None:
-        fit_config = with_values(fit_config, most_steps=max(1, most // recipe.batch_tokens))
+    fit_config, planned = _within_maxima(fit_config, recipe, sources)
+    console.print(plan_table(sources, planned))
+    check_size(sources, recipe.batch_tokens, planned)
     mixture = mix(
         sources, config.packing, config.row_tokens, tokenizer.eos_id, config.seed, config.isolate_documents
     )
     data = {source.name: source.shards.fingerprint for source in sources}
     run.begin({"the tokenizer": tokenizer.fingerprint(), **{f"source {name!r}": data[name] for name in data}})
-    console.print(plan_table(sources, planned))
-    _print_plan(console, config, recipe, model, fit_config)
+    _print_plan(console, config, recipe, model, fit_config, memory)
     rows = recipe.batch_tokens // config.row_tokens
     steps = row_steps(mixture.rows, rows, max(1, config.micro_batch_tokens // config.row_tokens))
     validation = {source.name: source.validation(tokenizer) for source in sources}
@@ -172,6 +177,21 @@ def main(config: Config) -> None:
     write_json(run.directory / "summary.json", _summary(run, model, done, read))
     console.print(account_table(read))
     say(console, f"the base model is {run.model}")
+
+
+def _within_maxima(
+    fit_config: FitConfig, recipe: Recipe, sources: list[MixtureSource]
+) -> tuple[FitConfig, int | None]:
+    """The plan with the steps that all maxima of epochs allow as its limit, and its tokens. A plan is whole
+    batches: where the next batch would pass a maximum, it is one batch shorter."""
+    batch, steps = recipe.batch_tokens, fit_config.total_steps
+    most = check_size(sources, batch, None)
+    if most is not None:
+        fit_config = with_values(fit_config, most_steps=max(1, most // batch))
+        if steps is not None and recipe.tokens < most + batch:
+            steps = max(1, min(steps, most // batch))
+            fit_config = with_values(fit_config, total_steps=steps)
+    return fit_config, steps and steps * batch
 
 
 def _summary(run: Run, model: CausalLM, done: dict[str, Any], read: dict[str, Account]) -> dict[str, Any]:
@@ -260,12 +280,35 @@ def _fit_config(config: Config, recipe: Recipe, device: torch.device) -> FitConf
     )
 
 
+def _check_memory(
+    config: Config, vocab_size: int, recipe: Recipe, fit_config: FitConfig, device: torch.device
+) -> str:
+    def sized(params: int) -> ModelConfig:
+        other = _recipe(with_values(config, params=str(params)), vocab_size)
+        return model_config(other, config.model_type, vocab_size, config.context)
+
+    setup = Setup(
+        rows=max(1, min(config.micro_batch_tokens, recipe.batch_tokens) // config.row_tokens),
+        row_tokens=config.row_tokens,
+        optimizer=config.optimizer,
+        compute_dtype=fit_config.compute_dtype,
+        compiled=fit_config.compile,
+        checkpointed=config.checkpoint_activations,
+        segments=config.isolate_documents or config.packing == "best-fit",
+        on_cpu=device.type == "cpu",
+    )
+    shape = model_config(recipe, config.model_type, vocab_size, config.context)
+    held, free = resident_bytes(device), free_bytes(device)
+    return check_memory(shape, setup, held, None if free is None else held + free, sized)
+
+
 def _print_plan(
     console: Console,
     config: Config,
     recipe: Recipe,
     model: CausalLM,
     fit_config: FitConfig,
+    memory: str,
 ) -> None:
     planned = None if fit_config.total_steps is None else fit_config.total_steps * recipe.batch_tokens
     length = (
@@ -278,6 +321,6 @@ def _print_plan(
         f"{recipe.heads} heads, MLP {recipe.intermediate_size}, vocabulary {model.config.vocab_size:,}\n"
         f"{length}; {recipe.batch_tokens:,} tokens a step in rows of {config.row_tokens}; "
         f"{config.optimizer}, peak rates {recipe.matrix_lr:.3g} (hidden matrices) and {recipe.adam_lr:.3g} "
-        f"(the rest); {fit_config.execution}",
+        f"(the rest); {fit_config.execution}\n{memory}",
         highlight=False,
     )

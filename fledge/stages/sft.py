@@ -26,6 +26,7 @@ from fledge.tokenizer.adapt import ChatTokenizer, fit_for_chats
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.train.loop import FitConfig, Metrics, fit, row_steps
 from fledge.train.losses import forward_of, next_token_loss
+from fledge.train.memory import Setup, check_memory, free_bytes, resident_bytes
 from fledge.train.optim import OptimizerName, make_optimizers
 from fledge.train.progress import say
 
@@ -50,6 +51,8 @@ class Config:
     """Tokens of an optimizer step, padding included."""
     micro_batch_tokens: int = 16_384
     """Most tokens in memory at once; larger batches are accumulated."""
+    checkpoint_activations: bool = False
+    """Compute the inside of each block again in the backward pass: a third slower, far less memory."""
     cut_overlong: bool = False
     """Cut conversations that do not fit a row at its end, instead of dropping them."""
     optimizer: OptimizerName = "adamw"
@@ -107,11 +110,15 @@ def main(config: Config) -> None:
     batch_rows = max(1, config.batch_tokens // row_tokens)
     steps = row_steps(rows.rows, batch_rows, max(1, config.micro_batch_tokens // row_tokens))
     fit_config = _fit_config(config, model, rows, batch_rows, device)
+    memory = _check_memory(
+        config, model, min(batch_rows, config.micro_batch_tokens // row_tokens), row_tokens, fit_config
+    )
+    model.checkpoint_activations = config.checkpoint_activations
     rates = (config.matrix_lr, config.adam_lr, config.weight_decay)
     optimizers = make_optimizers(model, config.optimizer, *rates)
     weights = sha256(sorted(config.model.glob("*.safetensors")))
     run.begin({"the model": weights, "the tokenizer": tokenizer.fingerprint(), "the data": fingerprint})
-    _print_plan(console, config, model, chats, len(train[0]), rows, fit_config)
+    _print_plan(console, config, model, chats, len(train[0]), rows, fit_config, memory)
 
     ends = [token_id for token_id in (tokenizer.end_of_turn_id, tokenizer.eos_id) if token_id is not None]
 
@@ -225,6 +232,24 @@ def _fit_config(
     )
 
 
+def _check_memory(
+    config: Config, model: CausalLM, micro_rows: int, row_tokens: int, fit_config: FitConfig
+) -> str:
+    device = model.model.embed_tokens.weight.device
+    setup = Setup(
+        rows=max(1, micro_rows),
+        row_tokens=row_tokens,
+        optimizer=config.optimizer,
+        compute_dtype=fit_config.compute_dtype,
+        compiled=fit_config.compile,
+        checkpointed=config.checkpoint_activations,
+        on_cpu=device.type == "cpu",
+    )
+    held, free = resident_bytes(device), free_bytes(device)
+    rest = max(0.0, held - 4 * model.num_parameters())
+    return check_memory(model.config, setup, rest, None if free is None else held + free)
+
+
 def _print_plan(
     console: Console,
     config: Config,
@@ -233,6 +258,7 @@ def _print_plan(
     training: int,
     rows: ConversationRows,
     fit_config: FitConfig,
+    memory: str,
 ) -> None:
     fate = "cut" if config.cut_overlong else "dropped"
     length = f"{config.minutes} minutes" if config.minutes else f"{fit_config.total_steps:,} steps"
@@ -241,6 +267,6 @@ def _print_plan(
         f"{len(chats.ids) - training:,} held out, {chats.overlong:,} too long ({fate}), "
         f"{chats.without_targets:,} without anything to learn (dropped); {chats.targets:,} target tokens\n"
         f"{model.num_parameters():,} parameters; {length}; {config.optimizer}, peak rates "
-        f"{config.matrix_lr:.3g} and {config.adam_lr:.3g}; {fit_config.execution}",
+        f"{config.matrix_lr:.3g} and {config.adam_lr:.3g}; {fit_config.execution}\n{memory}",
         highlight=False,
     )

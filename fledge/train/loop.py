@@ -388,9 +388,7 @@ class _Plan:
             budget = 60 * self.config.minutes
             spent = time.perf_counter() - self.started
             most = self.config.most_steps
-            if step == most or (
-                len(self.times) > 5 and spent >= min(self.CALIBRATE_SECONDS, 0.15 * budget)
-            ):
+            if step == most or (len(self.times) > 5 and spent >= min(self.CALIBRATE_SECONDS, 0.15 * budget)):
                 left = budget - spent - self.config.evaluations * self.evaluation_seconds
                 steps = step + max(1, round(left / statistics.median(self.times[2:] or self.times)))
                 self.total, self.known_from = steps if most is None else min(steps, most), step

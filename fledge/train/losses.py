@@ -4,22 +4,29 @@ A loss never divides. It returns sums with the name of what each is a sum over; 
 denominators of the whole step before the first forward pass, so gradient accumulation and data
 parallelism give what one big batch would.
 
-Shape suffixes: B rows, T tokens, V vocabulary.
+Shape suffixes: B rows, T tokens, N tokens of all rows, C model width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fledge.model.transformer import CausalLM
 from fledge.types import Batch
 
 # Ids and segments of whole rows (B, T + 1) -> nats (B, T) of every token but the first, in fp32.
 # The loop compiles it as one function, so that scores over the vocabulary need not exist in memory as such.
 Forward = Callable[[Tensor, Tensor | None], Tensor]
+
+# Scores (tokens x vocabulary) that may exist at once; more are made chunk by chunk. See docs/memory.md.
+WHOLE_SCORES = 2**27
+CHUNK_SCORES = 2**25
 
 
 @dataclass(frozen=True)
@@ -37,12 +44,80 @@ def token_nll(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     return nll_N.view(targets_BT.shape)
 
 
-def forward_of(model: Callable[[Tensor, Tensor | None], Tensor]) -> Forward:
-    """The `Forward` of a model that returns logits."""
+def chunked_token_nll(hidden_BTC: Tensor, head_VC: Tensor, targets_BT: Tensor) -> Tensor:
+    """`token_nll` of the scores `hidden @ head.T`, of which never more than `CHUNK_SCORES` exist.
+
+    The backward pass makes them again, so that the head costs a third more.
+    """
+    kind = hidden_BTC.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_BTC.dtype
+    nll_N: Tensor = _ChunkedNll.apply(hidden_BTC.flatten(0, 1), head_VC, targets_BT.flatten(), dtype)  # type: ignore[no-untyped-call]
+    return nll_N.view(targets_BT.shape)
+
+
+class _ChunkedNll(torch.autograd.Function):
+    """(N, C), (V, C), (N,) -> (N,): log-sum-exp of a token's scores minus its target's, in fp32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NC: Tensor, head_VC: Tensor, targets_N: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        lse_N = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_NC.device)
+        nll_N = torch.empty_like(lse_N)
+        for span, scores_nV in _score_chunks(hidden_NC, head_VC, dtype):
+            lse_N[span] = scores_nV.logsumexp(-1)
+            nll_N[span] = lse_N[span] - scores_nV.gather(1, targets_N[span, None])[:, 0]
+        ctx.save_for_backward(hidden_NC, head_VC, targets_N, lse_N)
+        ctx.dtype = dtype
+        return nll_N
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden_NC, head_VC, targets_N, lse_N = ctx.saved_tensors
+        wants_hidden, wants_head = ctx.needs_input_grad[:2]
+        d_hidden_NC = torch.empty_like(hidden_NC) if wants_hidden else None
+        d_head_VC = torch.zeros_like(head_VC) if wants_head else None
+        small_VC = head_VC.to(ctx.dtype)
+        for span, scores_nV in _score_chunks(hidden_NC, small_VC, ctx.dtype):
+            # The gradient of a score is its probability, less one for the target.
+            scores_nV.sub_(lse_N[span, None]).exp_()
+            scores_nV.scatter_add_(1, targets_N[span, None], scores_nV.new_full((len(scores_nV), 1), -1.0))
+            d_scores_nV = scores_nV.mul_(grad_N[span, None]).to(ctx.dtype)
+            with torch.autocast(hidden_NC.device.type, enabled=False):
+                if d_hidden_NC is not None:
+                    d_hidden_NC[span] = (d_scores_nV @ small_VC).to(hidden_NC.dtype)
+                if d_head_VC is None:
+                    continue
+                if ctx.dtype == head_VC.dtype:
+                    d_head_VC.addmm_(d_scores_nV.T, hidden_NC[span])
+                else:
+                    d_head_VC += d_scores_nV.T @ hidden_NC[span].to(ctx.dtype)
+        return d_hidden_NC, d_head_VC, None, None
+
+
+def _score_chunks(hidden_NC: Tensor, head_VC: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The scores of the tokens in turn, computed in `dtype`, as fp32."""
+    size = max(1, CHUNK_SCORES // len(head_VC))
+    small_VC = head_VC.to(dtype)
+    for first in range(0, len(hidden_NC), size):
+        span = slice(first, min(first + size, len(hidden_NC)))
+        with torch.autocast(hidden_NC.device.type, enabled=False):
+            scores_nV = hidden_NC[span].to(dtype) @ small_VC.T
+        yield span, scores_nV.float()
+
+
+def forward_of(model: CausalLM) -> Forward:
+    """The `Forward` of a model; where all scores at once would be too many, they are made in chunks."""
+    # The compiler would see that the backward pass makes the same scores again, and keep them.
+    chunked: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.compiler.disable(chunked_token_nll)
 
     def forward(input_ids_BT: Tensor, segment_ids_BT: Tensor | None) -> Tensor:
-        segments = None if segment_ids_BT is None else segment_ids_BT[:, :-1]
-        return token_nll(model(input_ids_BT[:, :-1], segments), input_ids_BT[:, 1:])
+        segments_BT = None if segment_ids_BT is None else segment_ids_BT[:, :-1]
+        targets_BT = input_ids_BT[:, 1:]
+        if targets_BT.numel() * model.config.vocab_size <= WHOLE_SCORES:
+            return token_nll(model(input_ids_BT[:, :-1], segments_BT), targets_BT)
+        hidden_BTC = model.hidden_rows(input_ids_BT[:, :-1], segments_BT)
+        return chunked(hidden_BTC, model.lm_head.weight, targets_BT)
 
     return forward
 

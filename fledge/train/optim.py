@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import AdamW, Muon, Optimizer
 
 from fledge.errors import UserError
@@ -28,10 +29,7 @@ def make_optimizers(
             raise UserError(f"--{flag} {rate}: must be a number above 0")
     if not 0 <= weight_decay < math.inf:
         raise UserError(f"--weight-decay {weight_decay}: must be a number, at least 0")
-    matrices = [p for n, p in model.named_parameters() if n.startswith("model.layers.") and p.ndim == 2]
-    rest = [p for n, p in model.named_parameters() if not (n.startswith("model.layers.") and p.ndim == 2)]
-    if name == "adamw":
-        matrices, rest = [], [*matrices, *rest]
+    matrices, rest = _split(model, name)
     optimizers: list[Optimizer] = []
     if matrices:
         optimizers.append(Muon(matrices, lr=matrix_lr, momentum=0.95, weight_decay=weight_decay))
@@ -44,6 +42,20 @@ def make_optimizers(
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def state_bytes(model: CausalLM, name: OptimizerName) -> float:
+    """What the optimizers of `make_optimizers` will hold: a momentum for each weight of Muon's, two moments
+    for each of AdamW's, all in fp32."""
+    matrices, rest = _split(model, name)
+    return 4.0 * sum(p.numel() for p in matrices) + 8.0 * sum(p.numel() for p in rest)
+
+
+def _split(model: CausalLM, name: OptimizerName) -> tuple[list[Parameter], list[Parameter]]:
+    """Muon's weights and AdamW's."""
+    named = [(p, n.startswith("model.layers.") and p.ndim == 2) for n, p in model.named_parameters()]
+    matrices, rest = [p for p, hidden in named if hidden], [p for p, hidden in named if not hidden]
+    return ([], [*matrices, *rest]) if name == "adamw" else (matrices, rest)
 
 
 def set_lr(optimizers: list[Optimizer], fraction: float) -> None:

@@ -160,6 +160,15 @@ def test_a_question_is_no_near_duplicate_of_another(tmp_path: Path) -> None:
     assert removed(summary, "a") == {"near-duplicate": 1}
 
 
+def test_the_original_of_a_near_duplicate_is_named_among_long_and_short_texts(tmp_path: Path) -> None:
+    short, long = ["One two three", "Four five six"], [prose(0), prose(1)]
+    near = {text: text + "!" for text in short} | {text: "More " + text for text in long}
+    source = write(tmp_path / "a.jsonl", [short[0], long[0], short[1], long[1], *near.values()])
+    summary = prepare([source], Cleaning(), tmp_path / "out")
+    examples = summary["sources"]["a"]["removed"]["near-duplicate"]["examples"]
+    assert {example["original"]: example["text"] for example in examples} == near
+
+
 def test_every_step_can_be_switched_off(tmp_path: Path) -> None:
     texts = ["- a\n- b", prose(0), prose(0), prose(0) + " x", "me@example.org 81.2.69.142"]
     source = write(tmp_path / "a.jsonl", texts)

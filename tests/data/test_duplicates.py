@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fledge.data.duplicates import NearDuplicates, shingles, text_hash
+from fledge.data.duplicates import MAX_LINKS, NearDuplicates, Repeats, Sketch, shingles, text_hash
 from fledge.data.words import Hashes, word_hashes, words_of
 
 pytest.importorskip("rensa")
@@ -97,3 +97,57 @@ def test_one_changed_word_in_a_long_text_is_a_near_duplicate() -> None:
     index.add(index.sketch(shingles_of(" ".join(words))))
     match = index.find(index.sketch(shingles_of(" ".join(changed))), 0.8)
     assert match is not None and match.number == 1
+
+
+def test_texts_of_one_template_take_a_bounded_number_of_links_and_are_told_apart() -> None:
+    """250 numbers in common and 50 of their own: a third of all bands hold the template's numbers alone."""
+    rng = np.random.default_rng(4)
+    template = rng.integers(0, 2**63, 250, dtype=np.uint64)
+    own = rng.integers(0, 2**63, (900, 50), dtype=np.uint64)
+    index = NearDuplicates(0)
+    for each in own:
+        index.add(index.sketch(np.concatenate([template, each])))
+    for number in range(0, 900, 9):
+        sketch = index.sketch(np.concatenate([template[5:], own[number]]))  # Jaccard 295 / 300
+        shared = (index.sketch(template).keys == sketch.keys).sum()
+        links = index.links(sketch)
+        assert shared * MAX_LINKS <= len(links) <= 20 * MAX_LINKS
+        assert np.bincount(links).max() <= 20  # a document once a band
+        match = index.find(sketch, 0.9)
+        assert match is not None and match.number == number and match.similarity > 0.9
+
+
+def test_a_chain_is_followed_up_to_its_limit_and_from_the_latest() -> None:
+    index = NearDuplicates(0)
+    sketch = index.sketch(np.arange(50, dtype=np.uint64))
+    assert not len(index.links(sketch))
+    for count in range(1, 2 * MAX_LINKS):
+        index.add(sketch)
+        links = index.links(sketch)
+        assert len(links) == 20 * min(count, MAX_LINKS)
+        assert (links.max(), links.min()) == (count - 1, max(0, count - MAX_LINKS))
+
+
+def test_a_short_text_repeats_one_with_the_same_shingles_only() -> None:
+    kept = Repeats(0, 0.8)
+
+    def key(text: str) -> Sketch | int:
+        return kept.key(shingles_of(text), len(words_of(text)))
+
+    short = " ".join(f"w{i}" for i in range(29))
+    long = " ".join(f"v{i}" for i in range(60))
+    kept.add(key(long), 3)
+    before = kept.memory_bytes
+    kept.add(key(short), 5)
+    kept.add(key("a b a b a b a b"), 6)
+    kept.add(key("!!!"), 8)
+    kept.add(key(long.replace("v", "u")), 9)
+    assert kept.memory_bytes - before < 1000  # no signature of the short ones; one more entry in the index
+    found = {text: kept.find(key(text)) for text in (short.upper(), "a, b a b a b a b a b", "!!!")}
+    assert [match and match[0] for match in found.values()] == [5, 6, 8]
+    assert all(match and match[1] == "the same runs of words" for match in found.values())
+    assert kept.find(key(short + " more")) is None and kept.find(key("w1 " + short[3:])) is None
+    assert kept.find(key("???")) is None
+    for text, number in ((long, 3), (long + " more", 3), (long.replace("v", "u"), 9)):
+        match = kept.find(key(text))
+        assert match is not None and match[0] == number and match[1].endswith(">= 0.8")

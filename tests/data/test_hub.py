@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fledge.data.hub import parse_path
+from fledge.data.hub import local_version, parse_path
 from fledge.data.sources import Source, has_conversations, list_files, read_documents, read_records
 from fledge.errors import UserError
 
@@ -37,6 +37,15 @@ def hub(folder: Path, rows: list[object], name: str = "train.jsonl") -> Path:
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def test_a_link_to_nothing_is_no_part_of_a_folder(tmp_path: Path) -> None:
+    folder = hub(tmp_path / "d", [{"text": "a"}])
+    before = local_version(f"hf:{folder}")
+    (folder / "dangling").symlink_to(tmp_path / "nothing")
+    assert local_version(f"hf:{folder}") == before
+    hub(tmp_path, [{"text": "a"}], "nothing")
+    assert local_version(f"hf:{folder}") != before
 
 
 def hub_texts(path: str, field: str = "text") -> list[str]:

@@ -37,5 +37,16 @@ def test_a_long_text_is_looked_at_all_over() -> None:
 
 
 def test_an_unknown_language_is_named() -> None:
-    with pytest.raises(UserError, match=r"--languages eng: no such language; .*ISO 639-1"):
-        LanguageFilter(["eng"], 0.5)
+    for name in ("eng", "english", "XX"):
+        with pytest.raises(UserError) as error:
+            LanguageFilter(["de", name], 0.5)
+        assert str(error.value) == (
+            f"--languages {name}: no such code of a language; two-letter codes (ISO 639-1) are "
+            "wanted, as in en"
+        )
+
+
+def test_codes_may_be_in_capitals() -> None:
+    capitals = LanguageFilter(["EN", "De"], 0.5)
+    assert capitals.reason(ENGLISH) is None and capitals.reason(GERMAN) is None
+    assert capitals.reason(FRENCH) == LanguageFilter(["de", "en"], 0.5).reason(FRENCH)

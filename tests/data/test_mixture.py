@@ -21,7 +21,7 @@ from fledge.data.mixture import (
     read_mixture,
     tokenise_sources,
 )
-from fledge.data.sources import held_out
+from fledge.data.sources import document_hash, held_out, list_files
 from fledge.errors import UserError
 from fledge.tokenizer.bpe import Tokenizer, train_bpe
 
@@ -73,6 +73,23 @@ def test_a_mixture_file_names_sources(tmp_path: Path) -> None:
     assert (python.name, python.path, python.weight) == ("py", "python:topics", 0.5)
 
 
+def test_paths_are_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also below a folder whose name has the marks of a glob, for folders of data sets, and at home."""
+    folder = tmp_path / "a[1]"
+    (folder / "hub").mkdir(parents=True)
+    (folder / "b").mkdir()
+    write(folder / "b" / "one.jsonl", ["x"])
+    write(folder / "hub" / "train.jsonl", ["x"])
+    monkeypatch.setenv("HOME", str(folder))
+    paths = {"glob": "b/*.jsonl", "file": "b/one.jsonl", "home": "~/b/one.jsonl", "hub": "hf:hub:train"}
+    path = folder / "mixture.toml"
+    path.write_text("".join(f'[sources.{name}]\npath = "{p}"\n' for name, p in paths.items()))
+    sources = {source.name: source for source in read_mixture(path)}
+    for name in ("glob", "file", "home"):
+        assert [file.path for file in list_files(sources[name])] == [folder / "b" / "one.jsonl"]
+    assert sources["hub"].path == f"hf:{folder / 'hub'}:train"
+
+
 def test_weights_may_be_given_otherwise(tmp_path: Path) -> None:
     path = str(mixture_file(tmp_path))
     assert [source.weight for source in load_sources([path], ["py=7"])] == [3.0, 7.0]
@@ -95,6 +112,7 @@ def test_weights_may_be_given_otherwise(tmp_path: Path) -> None:
         ('[sources.wiki]\npath = "wiki.jsonl"\nweight = nan\n', 1, "must be above 0"),
         ('[sources.wiki]\npath = "wiki.jsonl"\nmax_epochs = 0\n', 1, "max_epochs = 0: must be above 0"),
         ('[sources.wiki]\npath = "wiki.jsonl"\ncontains = "("\n', 1, "contains"),
+        ('[sources.wiki]\npath = "wiki.jsonl"\nrules = ["goper"]\n', 1, "gopher"),
         ("[sources.wiki\n", 0, "not valid TOML"),
     ],
 )
@@ -150,7 +168,7 @@ def test_shares_are_the_weights_or_the_tokens(tmp_path: Path, tokenizer: Tokeniz
 def test_what_is_held_out_is_told_by_a_documents_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
     made = documents("a", 200)
     (source,) = read([write(tmp_path / "a.jsonl", made)], tokenizer, tmp_path)
-    held = [document for document in made if held_out(document, 0.1)]
+    held = sorted((document for document in made if held_out(document, 0.1)), key=document_hash)
     ids, size = source.validation(tokenizer)
     assert ids == [tokenizer.encode(document) for document in held]
     assert size == sum(len(document.encode()) for document in held)
@@ -168,7 +186,7 @@ def test_the_validation_part_is_bounded(length: int, tmp_path: Path, tokenizer: 
     made = [f"{i} é" + "x" * length for i in range(3 * VALIDATION_BYTES // length + 60)]
     (source,) = read([write(tmp_path / "a.jsonl", made)], tokenizer, tmp_path)
     ids, size = source.validation(tokenizer)
-    held = [document for document in made if held_out(document, 0.1)]
+    held = sorted((document for document in made if held_out(document, 0.1)), key=document_hash)
     texts = [tokenizer.decode(document) for document in ids]
     assert sum(len(text.encode()) for text in texts) == size
     assert texts[:-1] == held[: len(texts) - 1]
@@ -188,6 +206,17 @@ def test_a_small_source_gives_up_one_document(tmp_path: Path, tokenizer: Tokeniz
     (source,) = read([write(tmp_path / "a.jsonl", ["a", "b", "b"])], tokenizer, tmp_path)
     assert len(source.training) + len(source.held_out) == 3
     assert 1 <= len(source.held_out) <= 2
+
+
+def test_what_one_source_holds_out_no_other_trains_on(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Also where the hash alone would not: a small source gives up a document that others have."""
+    made = documents("a", 40)
+    kept = [document for document in made if not held_out(document, 0.1)][:3]
+    big, small = write(tmp_path / "big.jsonl", made), write(tmp_path / "small.jsonl", kept)
+    sources = read([big, small], tokenizer, tmp_path)
+    assert len(sources[1].held_out) == 1
+    trained = {int(source.shards.hashes[d]) for source in sources for d in source.training}
+    assert not trained & {int(source.shards.hashes[d]) for source in sources for d in source.held_out}
 
 
 # Limits.

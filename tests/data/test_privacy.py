@@ -20,6 +20,7 @@ FOUND = [
     ("phone", "212.555.0123, +1 212 555 0123, +12125550123", "<phone>, <phone>, <phone>"),
     ("phone", "+44 (0)20 7946 0958; +33 1 23 45 67 89", "<phone>; <phone>"),
     ("phone", "tel:+49-30-901820 or +919876543210", "tel:<phone> or <phone>"),
+    ("phone", "+35212345, +49(030)901820, +7" + "1" * 14, "<phone>, <phone>, <phone>"),
     ("key", "AKIA" + "IOSFODNN7EXAMPLE", "<key>"),
     ("key", "token ghp_" + "a1B2" * 9, "token <key>"),
     ("key", "OPENAI=sk-" + "proj-" + RANDOM * 2, "OPENAI=<key>"),
@@ -44,6 +45,7 @@ LEFT_ALONE = [
     "2020-12-31 and 31.12.2020, 12/31/2020, 2020-12-31T10:20:30+02:00",
     "ISBN 978-3-16-148410-0, ISBN 0-306-40615-2, 0201530821",
     "x = +3.14159265, +2147483647, -2147483648, 0x7FFFFFFF, 1234567890123",
+    "+49 1, +4912345, +7" + "1" * 15 + ", +49" + "1" * 200,
     "3.11.4, 1.2.3-4567, 100-200-3000, 12-345-6789, part 555-0123",
     "UUID 123e4567-e89b-12d3-a456-426614174000, 4111-1111-1111-1111",
     "risk-taking sk-learn sk-something-with-no-number-in-it",
@@ -107,6 +109,13 @@ def test_a_long_run_of_almost_something_is_left_alone(unit: str) -> None:
     """A search that goes on to the end of the run from each of its places would take minutes."""
     text = unit * (50_000 // len(unit))
     assert mask(text, tuple(KINDS)).text == text
+
+
+def test_a_run_of_digits_is_not_cut_into_groups() -> None:
+    """Its 100 digits can be cut into six groups of at most 14 in some hundred thousand ways, on each line."""
+    lines = ["+49" + "1" * digits + "a" for digits in [100] * 600 + [20_000]]
+    text = "\n".join([*lines, *(line.replace("1", "1 ") for line in lines)])
+    assert mask(text, ("phone",)).text == text
 
 
 def test_an_unknown_kind_is_named_with_the_nearest() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
@@ -17,12 +18,17 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 import fledge.data.encoding
 import fledge.data.shards
+from fledge.data.accounts import accounts
+from fledge.data.conversations import read_texts
 from fledge.data.encoding import in_order
+from fledge.data.mixture import MixtureSource, mix
 from fledge.data.shards import Shards, tokenise
 from fledge.data.sources import BadLines, Source, document_hash
+from fledge.data.tables import plan_table
 from fledge.errors import UserError
 from fledge.tokenizer.bpe import Tokenizer, train_bpe
 from fledge.tokenizer.chat import encode_chat
@@ -49,6 +55,10 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def jsonl(path: Path, texts: list[str]) -> Source:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return Source(path.stem, str(path), None)
+
+
+def of(path: Path) -> Source:
     return Source(path.stem, str(path), None)
 
 
@@ -205,6 +215,35 @@ def test_a_broken_conversation_is_named_or_counted(tokenizer: Tokenizer, tmp_pat
     assert (len(shards), shards.skipped_lines, bad.count, len(bad.examples)) == (2, 2, 2, 2)
 
 
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"min_characters": 21}, [2, 3]),
+        ({"max_characters": 20}, [0, 1]),
+        ({"contains": "user\nx{2}"}, [1, 2, 3]),
+        ({"lacks": "xxx"}, [0, 1]),
+        ({"lacks": "<[|]"}, [0, 1, 2, 3]),
+    ],
+    ids=str,
+)
+def test_settings_choose_conversations(
+    tokenizer: Tokenizer, tmp_path: Path, settings: dict[str, object], kept: list[int]
+) -> None:
+    """By the text the template writes: 19 letters with one `x`, up to 22 with four; no special tokens."""
+    chats = [
+        [{"role": "user", "content": "x" * n}, {"role": "assistant", "content": "y"}] for n in range(1, 5)
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    source = Source("chats", str(path), None, **settings)  # type: ignore[arg-type]
+    ids = [encode_chat(tokenizer, chats[n]).ids for n in kept]
+    assert documents(tokenise(source, tokenizer, tmp_path / "out")) == [[tokenizer.eos_id, *i] for i in ids]
+    texts, encode = read_texts(source, tokenizer)
+    assert encode(texts) == ids
+    assert [len(text) for text in texts] == [19 + n for n in kept]
+
+
 # When they are made.
 
 
@@ -216,7 +255,7 @@ def test_what_is_complete_is_opened_without_reading_or_writing(
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("reads the source or writes to the directory")
 
-    for name in ("read_documents", "has_conversations", "pick_encoder", "ShardWriter", "_locked"):
+    for name in ("read_documents", "has_conversations", "pick_encoder", "ShardWriter", "locked"):
         monkeypatch.setattr(fledge.data.shards, name, fail)
     again = tokenise(source, tokenizer, tmp_path / "out")
     assert (again.directory, again.fingerprint) == (made.directory, made.fingerprint)
@@ -270,6 +309,39 @@ def test_a_folder_that_moves_keeps_its_tokens(tokenizer: Tokenizer, tmp_path: Pa
     assert first.directory == second.directory
 
 
+@pytest.mark.parametrize("place", [0, 65_535, 134_464, 199_999])
+def test_files_of_one_name_size_and_time_are_told_apart(
+    tokenizer: Tokenizer, tmp_path: Path, place: int
+) -> None:
+    """By a single letter among the first or the last 65,536 of 200,000."""
+    shards = []
+    for folder, letter in (("one", "b"), ("two", "c")):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "same.txt"
+        path.write_text("a" * place + letter + "a" * (199_999 - place))
+        os.utime(path, ns=(1, 1))
+        shards.append(tokenise(Source("s", str(path), None), tokenizer, tmp_path / "out"))
+    assert shards[0].directory != shards[1].directory
+    assert shards[0].fingerprint != shards[1].fingerprint
+
+
+def test_a_source_that_moves_away_keeps_its_account(
+    tokenizer: Tokenizer, source: Source, tmp_path: Path
+) -> None:
+    """As during a training: what is on disk is told by what was tokenised."""
+    size = Path(source.path).stat().st_size
+    assert tokenise(source, tokenizer, tmp_path / "out").disk_bytes == size
+    shards = tokenise(source, tokenizer, tmp_path / "out")
+    Path(source.path).rename(tmp_path / "away")
+    half = np.arange(len(shards)) < 30
+    item = MixtureSource(source, shards, 1.0, np.flatnonzero(half), np.flatnonzero(~half))
+    mixture = mix([item], "stream", 32, tokenizer.eos_id, 0, isolate=False)
+    assert accounts([item], mixture, 5)["texts"].disk_bytes == size
+    console = Console(width=200, file=io.StringIO())
+    console.print(plan_table([item], None))
+    assert f"{size / 1000:.1f} kB" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_odd_names_stay_inside_the_directory(tokenizer: Tokenizer, source: Source, tmp_path: Path) -> None:
     for name in ("../up", "a/b c", "é" * 500, ".."):
         shards = tokenise(Source(name, source.path, None), tokenizer, tmp_path / "out")
@@ -280,8 +352,16 @@ def test_odd_names_stay_inside_the_directory(tokenizer: Tokenizer, source: Sourc
 def test_a_source_without_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n\n ")
     for _ in range(2):
-        with pytest.raises(UserError, match=r"empty\.txt: no text in it"):
+        with pytest.raises(UserError, match=r"empty\.txt: no text in it$"):
             tokenise(Source("e", str(tmp_path / "empty.txt"), None), tokenizer, tmp_path / "out")
+
+
+def test_a_source_of_bad_lines_alone_says_so(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "a"}\n' * 12)
+    with pytest.raises(
+        UserError, match=r'no text in it \(12 lines were skipped, as .*a\.jsonl:1: .*"body"\)$'
+    ):
+        tokenise(of(tmp_path / "a.jsonl"), tokenizer, tmp_path / "out", bad=BadLines(skip=True))
 
 
 def test_progress_ends_at_the_totals(tokenizer: Tokenizer, source: Source, tmp_path: Path) -> None:
@@ -317,6 +397,22 @@ def test_bad_lines_are_an_error_unless_they_are_skipped(tokenizer: Tokenizer, tm
     with pytest.raises(UserError, match=r"texts\.jsonl:6: "):  # not opened as if nothing was left out
         make()
     assert make(BadLines(skip=True)).fingerprint == shards.fingerprint
+
+
+def test_lines_skipped_earlier_are_reported_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Whoever opens the shards hears what whoever made them heard; with other sources' lines, five in all."""
+    source = with_bad_lines(tmp_path / "texts.jsonl")
+    made, opened = BadLines(skip=True), BadLines(skip=True)
+    tokenise(source, tokenizer, tmp_path / "out", bad=made)
+    shards = tokenise(source, tokenizer, tmp_path / "out", bad=opened)
+    assert (opened.count, opened.examples) == (made.count, made.examples)
+    assert [example.partition(": ")[0] for example in opened.examples] == [
+        f"{source.path}:{n}" for n in (6, 51)
+    ]
+    assert shards.skipped_examples == made.examples
+    many = BadLines(skip=True, count=4, examples=list("abcd"))
+    tokenise(source, tokenizer, tmp_path / "out", bad=many)
+    assert (many.count, many.examples) == (6, [*"abcd", made.examples[0]])
 
 
 # Interruptions.
@@ -466,17 +562,20 @@ def test_what_is_damaged_is_made_anew_or_named(
 
 
 def test_a_source_that_changed_unseen_is_begun_anew(
-    tokenizer: Tokenizer, source: Source, tmp_path: Path
+    tokenizer: Tokenizer, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Same size, same time: only the text shows that complete shards are of another text."""
+    """Same size, same time, same ends: only the text shows that complete shards are of another text."""
+    monkeypatch.setattr(fledge.data.shards, "END_BYTES", 50)
     path = Path(source.path)
     times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
     with pytest.raises(Stop):
         tokenise(source, tokenizer, tmp_path / "out", shard_tokens=300, progress=stop_after(1000))
     texts = [text.replace("fox", "cat") for text in TEXTS]
+    texts[0], texts[-1] = TEXTS[0], TEXTS[-1]
     jsonl(path, texts)
     os.utime(path, ns=times)
     check(tokenise(source, tokenizer, tmp_path / "out", shard_tokens=300), tokenizer, texts)
+    assert len(list((tmp_path / "out").iterdir())) == 1
 
 
 def test_a_source_that_changes_while_it_is_read(tokenizer: Tokenizer, source: Source, tmp_path: Path) -> None:
@@ -513,7 +612,7 @@ def test_who_holds_the_directory_is_said(
     (directory / "index.json").unlink()
     thread = threading.Thread(target=tokenise, args=(source, tokenizer, tmp_path / "out"))
     said = ""
-    with fledge.data.shards._locked(directory):
+    with fledge.data.shards.locked(directory):
         thread.start()
         while "waiting" not in said and thread.is_alive():
             said += capfd.readouterr().err

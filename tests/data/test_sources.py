@@ -35,12 +35,17 @@ from fledge.errors import UserError
 # What --data means.
 
 
+# Files whose names could be read as name and weight.
+SPLIT = ("dt=2024/x.txt", "notes:2024", "e=f:3", "a.toml", "m.toml:2")
+
+
 @pytest.fixture
 def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    for name in ("wiki.txt", "a:b.txt", "c=d.txt", "books/one.txt", "rows.jsonl.gz", "[a].txt"):
+    for name in ("wiki.txt", "a:b.txt", "c=d.txt", "books/one.txt", "rows.jsonl.gz", "[a].txt", *SPLIT):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text")
+    (tmp_path / "loop").symlink_to("loop")
     return tmp_path
 
 
@@ -71,6 +76,14 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("hf:owner/name:test", "name", "hf:owner/name:test", None),
         ("x=hf:owner/name/part:test:2", "x", "hf:owner/name/part:test", 2.0),
         ("hf:books", "books", "hf:books", None),
+        ("dt=2024/x.txt", "x", "dt=2024/x.txt", None),
+        ("dt=2024", "dt=2024", "dt=2024", None),
+        ("d=dt=2024/x.txt:2", "d", "dt=2024/x.txt", 2.0),
+        ("notes:2024", "notes:2024", "notes:2024", None),
+        ("notes:2024:0.5", "notes:2024", "notes:2024", 0.5),
+        ("e=f:3", "e=f:3", "e=f:3", None),
+        ("m.toml:2", "m", "m.toml:2", None),
+        ("t=*.toml:2", "t", "*.toml", 2.0),
     ],
 )
 @pytest.mark.usefixtures("texts")
@@ -103,6 +116,13 @@ def test_the_current_folder_has_a_name(texts: Path) -> None:
         ("hf:", "write hf:owner/name"),
         ("hf:a/b/c/d", "no such folder, and no name"),
         ("hf:./texts", "no such folder, and no name"),
+        ("dt=2025/x.txt", r"no such file or folder: 2025/x.txt \(read as NAME=PATH:WEIGHT\)$"),
+        ("notes:2025", r"no such file or folder: notes \(read as NAME=PATH:WEIGHT\)$"),
+        ("nothing.txt", "no such file or folder: nothing.txt$"),
+        ("a.toml:0.5", "a mixture file is given alone, without name and weight$"),
+        ("a=a.toml", "a mixture file is given alone, without name and weight$"),
+        ("loop", "no such file or folder: loop$"),
+        ("loop/*.txt", "no file matches$"),
     ],
 )
 @pytest.mark.usefixtures("texts")
@@ -141,13 +161,16 @@ def test_all_weights_or_none() -> None:
     [
         ({"contains": "a("}, r"contains = 'a\(': not a regular expression"),
         ({"lacks": "*"}, r"lacks = '\*': not a regular expression"),
+        ({"field": ""}, "^field is empty; name the field"),
+        ({"min_characters": -1}, r"^min_characters \(-1\) is below 0$"),
+        ({"path": ""}, "^path is empty; name a file"),
         ({"min_characters": 5, "max_characters": 4}, r"max_characters \(4\) is below min_characters \(5\)"),
     ],
 )
 @pytest.mark.usefixtures("texts")
 def test_settings_that_cannot_be_are_named(settings: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_source(Source("a", "wiki.txt", None, **settings))  # type: ignore[arg-type]
+        check_source(Source(**{"name": "a", "path": "wiki.txt", "weight": None, **settings}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,7 @@ def test_a_maximum_of_epochs_is_kept(
     assert "source 'words' would be seen" in error
     assert not (tmp_path / "run").exists()
     most = error.split("--tokens ")[1].split(",")[0]
+    assert cli.main(changed(command, "--tokens", str(int(most) + 500), "--out", str(tmp_path / "other"))) == 0
     assert cli.main(changed(command, "--tokens", most)) == 0
     epochs = json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"]
     assert 1.4 < epochs["words"] <= 1.5
@@ -212,6 +213,14 @@ def test_a_maximum_of_epochs_is_kept(
     assert cli.main(changed(timed, "--out", str(tmp_path / "timed"))) == 0
     epochs = json.loads((tmp_path / "timed" / "summary.json").read_text())["epochs"]
     assert 1.4 < epochs["words"] <= 1.5
+
+
+def test_rows_may_be_as_long_as_the_context(flags: list[str], tmp_path: Path, corpus: Path) -> None:
+    """Held-out documents fill whole rows, and are scored all the same."""
+    long = tmp_path / "long.txt"
+    text = (corpus / "words.txt").read_text().replace("\n<|endoftext|>\n", " ")
+    long.write_text("\n<|endoftext|>\n".join(text[i : i + 2000] for i in range(0, 30_000, 2000)))
+    assert cli.main(changed(flags, "--data", str(long), "--row-tokens", "128", "--context", "128")) == 0
 
 
 def test_a_mixture_smaller_than_a_batch_is_refused(

@@ -13,7 +13,14 @@ from torch.optim import AdamW, Muon, Optimizer
 from fledge.errors import UserError
 from fledge.model.config import ModelConfig
 from fledge.model.transformer import CausalLM
-from fledge.train.optim import get_lr, load_optimizer_tensors, make_optimizers, optimizer_tensors, set_lr
+from fledge.train.optim import (
+    get_lr,
+    load_optimizer_tensors,
+    make_optimizers,
+    optimizer_tensors,
+    set_lr,
+    state_bytes,
+)
 
 
 def model(tied: bool = True, family: str = "qwen3") -> CausalLM:
@@ -112,3 +119,13 @@ def test_a_saved_state_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
     train(second, optimizers, 3, 3)
     assert all(torch.equal(a, b) for a, b in zip(reference.parameters(), second.parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(reference.parameters(), first.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_the_state_is_as_large_as_foretold(name: str, tied: bool) -> None:
+    made = model(tied)
+    optimizers = make_optimizers(made, name, 0.02, 0.003, 0.1)
+    train(made, optimizers, 0, 1)
+    moments = [t for key, t in optimizer_tensors(optimizers).items() if not key.endswith(".step")]
+    assert state_bytes(made, name) == sum(t.nbytes for t in moments)
