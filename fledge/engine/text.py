@@ -53,7 +53,7 @@ def complete(
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The ids of a plain text to continue; the document separator for an empty one."""
-    return tokenizer.encode(prompt) or [tokenizer.eos_id]
+    return [*tokenizer.prefix_ids, *tokenizer.encode(prompt)] or [tokenizer.eos_id]
 
 
 def complete_ids(
