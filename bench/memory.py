@@ -68,6 +68,7 @@ CASES = [
     replace(M5, rows=32, compiled=True),
     replace(M5, rows=32, checkpointed=True),
     replace(M5, rows=8, accumulated=4),
+    replace(M5, rows=8, accumulated=4, compiled=True),
     replace(M5, rows=16, bf16=True, optimizer="adamw"),
     replace(M5, rows=16, bf16=True, compiled=True),
     replace(M5, rows=16, compiled=True, checkpointed=True),
@@ -106,6 +107,7 @@ def run(case: Case) -> dict[str, float]:
         compiled=case.compiled,
         checkpointed=case.checkpointed,
         segments=case.segments,
+        accumulates=case.accumulated > 1,
     )
     expected = estimate(config, setup, resident_bytes(torch.device("cpu")))
     model = CausalLM(config)

@@ -295,6 +295,7 @@ def _check_memory(
         compiled=fit_config.compile,
         checkpointed=config.checkpoint_activations,
         segments=config.isolate_documents or config.packing == "best-fit",
+        accumulates=config.micro_batch_tokens < recipe.batch_tokens,
         on_cpu=device.type == "cpu",
     )
     shape = model_config(recipe, config.model_type, vocab_size, config.context)

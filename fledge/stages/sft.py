@@ -110,9 +110,7 @@ def main(config: Config) -> None:
     batch_rows = max(1, config.batch_tokens // row_tokens)
     steps = row_steps(rows.rows, batch_rows, max(1, config.micro_batch_tokens // row_tokens))
     fit_config = _fit_config(config, model, rows, batch_rows, device)
-    memory = _check_memory(
-        config, model, min(batch_rows, config.micro_batch_tokens // row_tokens), row_tokens, fit_config
-    )
+    memory = _check_memory(config, model, batch_rows, row_tokens, fit_config)
     model.checkpoint_activations = config.checkpoint_activations
     rates = (config.matrix_lr, config.adam_lr, config.weight_decay)
     optimizers = make_optimizers(model, config.optimizer, *rates)
@@ -233,16 +231,18 @@ def _fit_config(
 
 
 def _check_memory(
-    config: Config, model: CausalLM, micro_rows: int, row_tokens: int, fit_config: FitConfig
+    config: Config, model: CausalLM, batch_rows: int, row_tokens: int, fit_config: FitConfig
 ) -> str:
+    micro_rows = max(1, config.micro_batch_tokens // row_tokens)
     device = model.model.embed_tokens.weight.device
     setup = Setup(
-        rows=max(1, micro_rows),
+        rows=min(micro_rows, batch_rows),
         row_tokens=row_tokens,
         optimizer=config.optimizer,
         compute_dtype=fit_config.compute_dtype,
         compiled=fit_config.compile,
         checkpointed=config.checkpoint_activations,
+        accumulates=micro_rows < batch_rows,
         on_cpu=device.type == "cpu",
     )
     held, free = resident_bytes(device), free_bytes(device)

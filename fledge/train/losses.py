@@ -29,6 +29,9 @@ WHOLE_SCORES = 2**27
 CHUNK_SCORES = 2**25
 
 
+TokenNll = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class Term:
     """A sum over tokens, sequences or pairs. Weight 0: only reported."""
@@ -64,9 +67,13 @@ class _ChunkedNll(torch.autograd.Function):
     ) -> Tensor:
         lse_N = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_NC.device)
         nll_N = torch.empty_like(lse_N)
-        for span, scores_nV in _score_chunks(hidden_NC, head_VC, dtype):
-            lse_N[span] = scores_nV.logsumexp(-1)
-            nll_N[span] = lse_N[span] - scores_nV.gather(1, targets_N[span, None])[:, 0]
+        for span, scores_nV, _ in _score_chunks(hidden_NC.to(dtype), head_VC.to(dtype)):
+            target_n, best_n1 = (
+                scores_nV.gather(1, targets_N[span, None])[:, 0],
+                scores_nV.amax(1, keepdim=True),
+            )
+            lse_N[span] = scores_nV.sub_(best_n1).exp_().sum(1).log_() + best_n1[:, 0]
+            nll_N[span] = lse_N[span] - target_n
         ctx.save_for_backward(hidden_NC, head_VC, targets_N, lse_N)
         ctx.dtype = dtype
         return nll_N
@@ -74,42 +81,44 @@ class _ChunkedNll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden_NC, head_VC, targets_N, lse_N = ctx.saved_tensors
-        wants_hidden, wants_head = ctx.needs_input_grad[:2]
-        d_hidden_NC = torch.empty_like(hidden_NC) if wants_hidden else None
-        d_head_VC = torch.zeros_like(head_VC) if wants_head else None
-        small_VC = head_VC.to(ctx.dtype)
-        for span, scores_nV in _score_chunks(hidden_NC, small_VC, ctx.dtype):
+        d_hidden_NC = torch.empty_like(hidden_NC) if ctx.needs_input_grad[0] else None
+        d_head_VC = torch.zeros_like(head_VC) if ctx.needs_input_grad[1] else None
+        low_NC, low_VC = hidden_NC.to(ctx.dtype), head_VC.to(ctx.dtype)
+        for span, scores_nV, low_nV in _score_chunks(low_NC, low_VC):
             # The gradient of a score is its probability, less one for the target.
             scores_nV.sub_(lse_N[span, None]).exp_()
-            scores_nV.scatter_add_(1, targets_N[span, None], scores_nV.new_full((len(scores_nV), 1), -1.0))
-            d_scores_nV = scores_nV.mul_(grad_N[span, None]).to(ctx.dtype)
+            scores_nV.scatter_add_(1, targets_N[span, None], torch.full_like(scores_nV[:, :1], -1.0))
+            low_nV.copy_(scores_nV.mul_(grad_N[span, None]))
             with torch.autocast(hidden_NC.device.type, enabled=False):
                 if d_hidden_NC is not None:
-                    d_hidden_NC[span] = (d_scores_nV @ small_VC).to(hidden_NC.dtype)
-                if d_head_VC is None:
-                    continue
-                if ctx.dtype == head_VC.dtype:
-                    d_head_VC.addmm_(d_scores_nV.T, hidden_NC[span])
-                else:
-                    d_head_VC += d_scores_nV.T @ hidden_NC[span].to(ctx.dtype)
+                    d_hidden_NC[span] = low_nV @ low_VC
+                if d_head_VC is not None and ctx.dtype == head_VC.dtype:
+                    d_head_VC.addmm_(low_nV.T, low_NC[span])
+                elif d_head_VC is not None:  # the sum over chunks in the weights' own type
+                    d_head_VC += low_nV.T @ low_NC[span]
         return d_hidden_NC, d_head_VC, None, None
 
 
-def _score_chunks(hidden_NC: Tensor, head_VC: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The scores of the tokens in turn, computed in `dtype`, as fp32."""
-    size = max(1, CHUNK_SCORES // len(head_VC))
-    small_VC = head_VC.to(dtype)
-    for first in range(0, len(hidden_NC), size):
-        span = slice(first, min(first + size, len(hidden_NC)))
+def _score_chunks(hidden_NC: Tensor, head_VC: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some tokens after the other: which, their scores (n, V) in fp32, and as much room in the type of the
+    products. The memory is the same each time: freed and taken anew, it would not fit into its own gap."""
+    N, V = len(hidden_NC), len(head_VC)
+    size = min(N, max(1, CHUNK_SCORES // V))
+    scores_nV = hidden_NC.new_empty(size, V, dtype=torch.float32)
+    low_nV = scores_nV if hidden_NC.dtype == torch.float32 else hidden_NC.new_empty(size, V)
+    for first in range(0, N, size):
+        n = min(size, N - first)
         with torch.autocast(hidden_NC.device.type, enabled=False):
-            scores_nV = hidden_NC[span].to(dtype) @ small_VC.T
-        yield span, scores_nV.float()
+            torch.mm(hidden_NC[first : first + n], head_VC.T, out=low_nV[:n])
+        scores_nV[:n].copy_(low_nV[:n])
+        yield slice(first, first + n), scores_nV[:n], low_nV[:n]
 
 
 def forward_of(model: CausalLM) -> Forward:
     """The `Forward` of a model; where all scores at once would be too many, they are made in chunks."""
     # The compiler would see that the backward pass makes the same scores again, and keep them.
-    chunked: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.compiler.disable(chunked_token_nll)
+    disable: Callable[[TokenNll], TokenNll] = torch.compiler.disable
+    chunked = disable(chunked_token_nll)
 
     def forward(input_ids_BT: Tensor, segment_ids_BT: Tensor | None) -> Tensor:
         segments_BT = None if segment_ids_BT is None else segment_ids_BT[:, :-1]

@@ -15,15 +15,16 @@ import torch
 from fledge.errors import UserError
 from fledge.model.config import ModelConfig
 from fledge.model.transformer import EXPLICIT_ATTENTION_KEYS, CausalLM
-from fledge.train.losses import CHUNK_SCORES, WHOLE_SCORES
+from fledge.train import losses
 from fledge.train.optim import OptimizerName, state_bytes
 
 GB = 1e9
 # What a CPU's heap holds for each byte in use, as blocks of many sizes leave gaps (see `keep_freed_memory`);
-# compiled code uses blocks again and leaves none. Measured; CUDA's share is a guess.
-HEAP_SHARE, COMPILED_HEAP_SHARE, CUDA_SHARE = 1.4, 1.0, 1.1
-# What the first step brings of kernels' work space, and of the compiler. Measured.
-KERNEL_BYTES, COMPILER_BYTES = 20e6, 110e6
+# more where gradients stay in between from one micro-batch to the next; compiled code leaves none. Measured;
+# CUDA's share is a guess.
+HEAP_SHARE, ACCUMULATING_HEAP_SHARE, COMPILED_HEAP_SHARE, CUDA_SHARE = 1.4, 1.9, 1.0, 1.1
+# Modules, kernels and their work space that the first step brings, and the compiler's. Measured.
+KERNEL_BYTES, COMPILER_BYTES = 90e6, 90e6
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Setup:
     checkpointed: bool = False
     segments: bool = True
     """Whether rows hide parts from each other."""
+    accumulates: bool = False
+    """Whether a step has several micro-batches."""
     on_cpu: bool = True
 
 
@@ -70,7 +73,8 @@ def estimate(config: ModelConfig, setup: Setup, rest: float) -> Estimate:
     if setup.compute_dtype != torch.float32:  # the matrices once more
         activations += 2.0 * sum(p.numel() for p in model.parameters() if p.ndim == 2)
     rest += setup.on_cpu * (KERNEL_BYTES + setup.compiled * COMPILER_BYTES)
-    share = CUDA_SHARE if not setup.on_cpu else COMPILED_HEAP_SHARE if setup.compiled else HEAP_SHARE
+    heap = ACCUMULATING_HEAP_SHARE if setup.accumulates else HEAP_SHARE
+    share = CUDA_SHARE if not setup.on_cpu else COMPILED_HEAP_SHARE if setup.compiled else heap
     return Estimate(weights, weights, state_bytes(model, setup.optimizer), share * activations, rest)
 
 
@@ -90,21 +94,20 @@ def block_bytes(config: ModelConfig, setup: Setup) -> float:
 
 
 def _saved_bytes(config: ModelConfig, setup: Setup) -> float:
-    """What the trunk keeps for the backward pass: all blocks, or their inputs and one block at a time."""
-    tokens, layers = setup.rows * setup.row_tokens, config.num_hidden_layers
-    block, ends = block_bytes(config, setup), 2 * config.hidden_size * 4
-    if setup.checkpointed:
-        return float(tokens * (ends + layers * config.hidden_size * 4 + block))
-    return float(tokens * (ends + layers * block))
+    """What the trunk keeps for the backward pass: all blocks, or their inputs and one at a time, which then
+    has its gradients beside it."""
+    block, layers, row = block_bytes(config, setup), config.num_hidden_layers, 4 * config.hidden_size
+    kept = layers * row + 2 * block if setup.checkpointed else layers * block
+    return float(setup.rows * setup.row_tokens * (2 * row + kept))
 
 
 def head_bytes(config: ModelConfig, setup: Setup) -> float:
-    """Scores over the vocabulary, their log-softmax and its gradient, in fp32, whole or of a chunk; compiled
-    code makes the log-softmax again."""
+    """Scores over the vocabulary, their log-softmax and its gradient, in fp32; compiled: scores and gradient,
+    in the type of the products; or a chunk of scores, with its copies in bf16."""
     scores = setup.rows * setup.row_tokens * config.vocab_size
-    if scores > WHOLE_SCORES:
-        return 3.0 * 4 * CHUNK_SCORES
-    return (2.0 if setup.compiled else 3.0) * 4 * scores
+    if scores > losses.WHOLE_SCORES:
+        return losses.CHUNK_SCORES * (4.0 if setup.compute_dtype == torch.float32 else 8.0)
+    return scores * (2.0 * setup.compute_dtype.itemsize if setup.compiled else 12.0)
 
 
 def check_memory(
@@ -142,7 +145,7 @@ def _fewer_rows(config: ModelConfig, setup: Setup, rest: float, limit: float) ->
     while estimate(config, setup, rest).total > limit:
         if setup.rows == 1:
             return None
-        setup = replace(setup, rows=setup.rows // 2)
+        setup = replace(setup, rows=setup.rows // 2, accumulates=True)
     return setup
 
 
