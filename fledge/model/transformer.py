@@ -80,7 +80,7 @@ def _(angles_BTP: Tensor, factor: float) -> tuple[Tensor, Tensor]:
 def rotate(x_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (x[d], x[d + D/2]) by its position's angle."""
     x32 = x_BHTD.float()
-    swapped = x32.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    swapped = x32.view(*x32.shape[:-1], 2, -1).flip(-2).flatten(-2)
     return (x32 * cos + swapped * sin).to(x_BHTD.dtype)
 
 
