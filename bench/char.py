@@ -2,9 +2,10 @@
 
     python bench/char.py input.txt [--seeds 0 1 2]
 
-At most 0.81M parameters, a context of 64, at most 1.54M training tokens from the first nine tenths of the text.
-Shown are the loss over the whole last tenth, in nats per byte (the text is ASCII: per character) in windows of
-64 that do not overlap, and the seconds of the whole process: start, training, scoring. A process for each seed.
+At most 0.81M parameters, a context of 64, at most 1.54M training tokens from the first nine tenths of
+the text. Shown are the loss over the whole last tenth, in nats per byte (the text is ASCII: per
+character) in windows of 64 that do not overlap, and the seconds of the whole process: start, training,
+scoring. A process for each seed.
 """
 
 from __future__ import annotations
