@@ -23,9 +23,16 @@ VERBS: dict[str, str] = {
     "tokenizer": "learn a byte-level BPE tokenizer from text",
     "pretrain": "train a base model on text",
     "sft": "fine-tune a model on conversations",
+    "reward": "train a reward model on preferences, and examine it",
+    "dpo": "train a model on preferences directly",
+    "score": "give conversations the rewards of a reward model",
+    "label": "collect what people write, rate and rank, in a browser",
+    "label export": "write labels as data to train on",
+    "label import": "read labels that others made",
     "generate": "continue a text",
     "chat": "talk with a model",
     "evaluate": "measure a model on texts and questions",
+    "merge": "take an adapter into the weights of its model",
     "doctor": "show what this machine offers and what fledge will use",
 }
 
@@ -112,7 +119,8 @@ def _run(verb: str, flags: Sequence[str]) -> None:
     # Imported here, so that the overview is printed at once.
     from fledge.config import nearest, parse
 
-    if actions := [name for name in VERBS if name.startswith(f"{verb} ")]:
+    actions = [name for name in VERBS if name.startswith(f"{verb} ")]
+    if actions and verb not in VERBS:
         if flags and flags[0] in ("-h", "--help"):
             print("\n".join(f"fledge {name}: {VERBS[name]}" for name in actions))
             return
