@@ -23,6 +23,7 @@ from rich.table import Table
 
 from fledge.data.sources import parse_source, read_documents
 from fledge.engine.constraints import Grammars
+from fledge.engine.decoder import Decoder
 from fledge.engine.engine import Engine
 from fledge.engine.text import load_engine
 from fledge.model.config import ModelConfig
@@ -77,13 +78,13 @@ def main() -> None:
     grammars = engine.grammars
     assert grammars is not None
     prompts = [tokenizer.encode(f"def f{i}():") for i in range(options.rows)]
-    passes, hidden = [0], CausalLM.hidden
+    passes, extend = [0], Decoder.extend
 
     def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
         passes[0] += 1
-        return hidden(*args, **kwargs)
+        return extend(*args, **kwargs)
 
-    CausalLM.hidden = counted  # type: ignore[method-assign]
+    Decoder.extend = counted  # type: ignore[method-assign]
     speeds: dict[str, list[float]] = {name: [] for name in CASES}
     shares: dict[str, tuple[float, float]] = {}
     for number in range(options.rounds + 1):

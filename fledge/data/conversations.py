@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fledge.data.sources import Source, document_filter, has_conversations, read_documents, read_rows
+from fledge.data.sources import (
+    Source,
+    document_filter,
+    has_conversations,
+    held_out,
+    read_documents,
+    read_rows,
+)
 from fledge.errors import UserError
 from fledge.files import read_jsonl
 from fledge.tokenizer.bpe import Tokenizer
@@ -76,6 +84,25 @@ def _encode_rows(
         counts = f"{overlong} too long for {max_tokens} tokens, {without_targets} without an assistant's turn"
         raise UserError(f"{path}: no conversation to learn from ({counts})")
     return EncodedConversations(ids, masks, overlong, without_targets)
+
+
+def answer_rows(chats: EncodedConversations) -> list[list[int]]:
+    """The ids of each conversation to the token that ends the assistant's last turn."""
+    ends = [len(mask) - mask[::-1].index(True) for mask in chats.masks]
+    return [ids[:end] for ids, end in zip(chats.ids, ends, strict=True)]
+
+
+Encoded = tuple[list[list[int]], list[list[bool]]]
+
+
+def split_conversations(chats: EncodedConversations, share: float) -> tuple[Encoded, Encoded]:
+    """Training and held-out ids and masks, decided by each conversation's content."""
+    parts: tuple[Encoded, Encoded] = (([], []), ([], []))
+    for ids, mask in zip(chats.ids, chats.masks, strict=True):
+        part = parts[held_out(json.dumps(ids), share)]
+        part[0].append(ids)
+        part[1].append(mask)
+    return parts if parts[0][0] else (parts[1], ([], []))
 
 
 Encode = Callable[[Sequence[str]], list[list[int]]]

@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from fledge.engine.engine import Engine
 from fledge.engine.reading import MAX_LOGITS
 from fledge.engine.sampling import broken_scores
-from fledge.engine.scheduler import check_ids, computing
+from fledge.engine.scheduler import check_ids
 from fledge.engine.slots import common_prefix
 from fledge.errors import UserError
 from fledge.tokenizer.bpe import Tokenizer
@@ -197,28 +196,26 @@ class _Tree:
     @torch.inference_mode()
     def logps(self, engine: Engine) -> dict[Step, float]:
         """The log-probability (fp32) of every step. Raises UserError for scores that are NaN."""
-        T, device = len(self._ids), engine.device
+        T, device, decoder = len(self._ids), engine.device, engine.decoder()
         visible_TT = torch.eye(T, dtype=torch.bool).numpy()
         for node, parent in enumerate(self._parents):
             if parent >= 0:
                 visible_TT[node] |= visible_TT[parent]
         ids_1T, positions_1T = torch.tensor([[self._ids], [self._depths]], device=device)
-        visible = torch.from_numpy(visible_TT).to(device)[None, None]
+        visible_1TT = torch.from_numpy(visible_TT).to(device)[None]
         steps = sorted(self._wanted)
         nodes = sorted({node for node, _ in steps})
         found: list[float] = []
         chunk = max(1, MAX_LOGITS // engine.model.config.vocab_size)
-        with computing(engine.compute_dtype, device):
-            hidden_TC = engine.model.hidden(ids_1T, positions_1T, visible)[0]
-            for i in range(0, len(nodes), chunk):
-                row_of = {node: row for row, node in enumerate(nodes[i : i + chunk])}
-                logits_NV: Tensor = engine.model.lm_head(hidden_TC[list(row_of)]).float()
-                logps_NV = logits_NV.log_softmax(-1)
-                if not bool(logps_NV.isfinite().all()):
-                    raise broken_scores()
-                pairs = [(row_of[node], token_id) for node, token_id in steps if node in row_of]
-                rows_N, ids_N = torch.tensor(pairs, device=device).T
-                found += logps_NV[rows_N, ids_N].tolist()
+        hidden_TC = decoder.hidden(ids_1T, positions_1T, visible_1TT)[0]
+        for i in range(0, len(nodes), chunk):
+            row_of = {node: row for row, node in enumerate(nodes[i : i + chunk])}
+            logps_NV = decoder.logits(hidden_TC[list(row_of)]).log_softmax(-1)
+            if not bool(logps_NV.isfinite().all()):
+                raise broken_scores()
+            pairs = [(row_of[node], token_id) for node, token_id in steps if node in row_of]
+            rows_N, ids_N = torch.tensor(pairs, device=device).T
+            found += logps_NV[rows_N, ids_N].tolist()
         return dict(zip(steps, found, strict=True))
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from fledge.engine.constraints import Grammars
+from fledge.engine.decoder import Decoder, cache_dtype
 from fledge.engine.generation import Request
 from fledge.engine.sampling import broken_scores, validate
-from fledge.engine.scheduler import Scheduler, check_ids, computing, slots_needed
+from fledge.engine.scheduler import Scheduler, check_ids, slots_needed
 from fledge.errors import UserError
 from fledge.model.transformer import CausalLM
 from fledge.types import Completion, FinishReason, SamplingParams, Token, pad_rows
@@ -45,9 +46,10 @@ class Engine:
         cache_bytes: int | None = None,
         grammars: Grammars | None = None,
     ) -> None:
-        """`eos_ids` end every completion; `compute_dtype` (None: the weights' own) is what matrix
-        products run in, by autocast. `keep_cache`: what was read stays readable for the next call, as
-        the turns of a chat; only for a model that is not trained meanwhile. `cache_bytes` bounds the cache.
+        """`eos_ids` end every completion; `compute_dtype` (None: the weights' own) is what weights are held
+        in for matrix products (see `product`). `keep_cache`: weights are laid out once, and what was read
+        stays readable for the next call, as the turns of a chat; only for a model that is not trained
+        meanwhile: without it each call lays the weights out anew. `cache_bytes` bounds the cache.
         `grammars` compiles constraints; without it a request cannot have one.
         """
         if batch_size < 1:
@@ -60,6 +62,7 @@ class Engine:
         self.cache_bytes = cache_bytes
         self.grammars = grammars
         self._kept: Scheduler | None = None
+        self._decoder: Decoder | None = None
 
     @property
     def context(self) -> int:
@@ -70,6 +73,15 @@ class Engine:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.model.model.embed_tokens.weight.device
+
+    def decoder(self) -> Decoder:
+        """The model as it is now, laid out for reading; with `keep_cache` the one that was made first."""
+        if self._decoder is not None:
+            return self._decoder
+        decoder = Decoder(self.model, self.compute_dtype)
+        if self.keep_cache:
+            self._decoder = decoder
+        return decoder
 
     def generate(
         self,
@@ -139,7 +151,7 @@ class Engine:
                 f"{most_bytes / 2**30:.1f} GiB for it; lower max_tokens or shorten the prompt"
             )
         rows = min(rows, most_bytes // row_bytes)
-        return Scheduler(self.model, self.eos_ids, rows, slots, self.compute_dtype, self.grammars)
+        return Scheduler(self.decoder(), self.eos_ids, rows, slots, self.grammars)
 
     def most_slots(self) -> int:
         """The tokens of the longest request that fits the cache's bounds and the context."""
@@ -148,7 +160,7 @@ class Engine:
     def _token_bytes(self) -> int:
         """Keys and values of one token."""
         config = self.model.config
-        dtype = self.compute_dtype or self.model.model.embed_tokens.weight.dtype
+        dtype = cache_dtype(self.device, self.compute_dtype or self.model.model.embed_tokens.weight.dtype)
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
     def _most_cache_bytes(self) -> int:
@@ -167,30 +179,31 @@ class Engine:
         for number, ids in enumerate(sequences, start=1):
             check_ids(ids, f"text {number} of {len(sequences)}", context, vocab_size, smallest=0)
         scores: list[list[float]] = [[] for _ in sequences]
+        decoder = None
         for rows in self._batches([len(sequence) for sequence in sequences]):
             rows = [row for row in rows if len(sequences[row]) > 1]
             if rows:
+                decoder = decoder or self.decoder()
                 lengths = [len(sequences[row]) - 1 for row in rows]
-                logps_N = self._score_batch([sequences[row] for row in rows])
+                logps_N = self._score_batch(decoder, [sequences[row] for row in rows])
                 for row, logps in zip(rows, torch.split(logps_N, lengths), strict=True):
                     scores[row] = logps.tolist()
         return scores
 
-    def _score_batch(self, sequences: list[Sequence[int]]) -> Tensor:
+    def _score_batch(self, decoder: Decoder, sequences: list[Sequence[int]]) -> Tensor:
         """The log-probabilities of all rows, end to end (N,)."""
         ids_BT = pad_rows(sequences, 0).to(self.device)
         lengths_B = torch.tensor([len(sequence) for sequence in sequences], device=self.device)
         index_T = torch.arange(ids_BT.shape[1] - 1, device=self.device)
-        visible = (index_T[:, None] >= index_T[None, :])[None, None]
-        with computing(self.compute_dtype, self.device):
-            hidden_BTC = self.model.hidden(ids_BT[:, :-1], index_T[None], visible)
-            real_BT = index_T < lengths_B[:, None] - 1
-            targets_N, logps = ids_BT[:, 1:][real_BT], []
-            chunk = max(1, MAX_LOGITS // self.model.config.vocab_size)
-            hidden_NC = hidden_BTC[real_BT]
-            for i in range(0, len(targets_N), chunk):
-                logits_NV = self.model.lm_head(hidden_NC[i : i + chunk]).float()
-                logps.append(_log_probabilities(logits_NV, targets_N[i : i + chunk]))
+        visible_1TT = (index_T[:, None] >= index_T[None, :])[None]
+        hidden_BTC = decoder.hidden(ids_BT[:, :-1], index_T[None], visible_1TT)
+        real_BT = index_T < lengths_B[:, None] - 1
+        targets_N, logps = ids_BT[:, 1:][real_BT], []
+        chunk = max(1, MAX_LOGITS // decoder.config.vocab_size)
+        hidden_NC = hidden_BTC[real_BT]
+        for i in range(0, len(targets_N), chunk):
+            logits_NV = decoder.logits(hidden_NC[i : i + chunk])
+            logps.append(_log_probabilities(logits_NV, targets_N[i : i + chunk]))
         return torch.cat(logps)
 
     def _check(self, ids: Sequence[int], name: str, smallest: int) -> None:

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fledge.engine.decoder import Decoder
 from fledge.engine.sampling import top_logprobs
 from fledge.engine.slots import Slots
-from fledge.model.transformer import CausalLM
 from fledge.types import Token
 
 # Padded tokens that pass through the model at once, and scores held at once: they bound memory.
@@ -49,19 +49,19 @@ def read_rows(
                 if start < len(rest) <= end:
                     last_BC[i] = hidden_BTC[i, len(rest) - 1 - start]
                 if ids := wanted.get(row, [])[start:end]:
-                    tokens[row] += read_tokens(slots.model, hidden_BTC[i, : len(ids)], ids, tops[row])
-        scores.append(slots.model.lm_head(torch.stack(last_BC)).float())
+                    tokens[row] += read_tokens(slots.decoder, hidden_BTC[i, : len(ids)], ids, tops[row])
+        scores.append(slots.decoder.logits(torch.stack(last_BC)))
         first, rests = first + count, rests[count:]
     return torch.cat(scores), tokens
 
 
-def read_tokens(model: CausalLM, hidden_NC: Tensor, ids: list[int], top: int) -> list[Token]:
+def read_tokens(decoder: Decoder, hidden_NC: Tensor, ids: list[int], top: int) -> list[Token]:
     """The model's log-probability of each id, given the trunk's output before it."""
     tokens: list[Token] = []
-    chunk = max(1, MAX_LOGITS // model.config.vocab_size)
+    chunk = max(1, MAX_LOGITS // decoder.config.vocab_size)
     for i in range(0, len(ids), chunk):
         some = ids[i : i + chunk]
-        logits_NV = model.lm_head(hidden_NC[i : i + chunk]).float()
+        logits_NV = decoder.logits(hidden_NC[i : i + chunk])
         normaliser_N = logits_NV.logsumexp(-1)
         ids_N1 = torch.tensor(some, device=hidden_NC.device)[:, None]
         logps = (logits_NV.gather(1, ids_N1)[:, 0] - normaliser_N).tolist()

@@ -8,7 +8,6 @@ Shape suffixes: B rows, T tokens, C model width, V vocabulary, N flattened posit
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
 from collections import deque
@@ -18,12 +17,12 @@ import torch
 from torch import Tensor
 
 from fledge.engine.constraints import Constraint, Grammars
+from fledge.engine.decoder import Decoder
 from fledge.engine.generation import Generation, Request
 from fledge.engine.reading import read_rows
 from fledge.engine.sampling import Sampler, broken_scores, validate
 from fledge.engine.slots import MIN_SHARED_PREFIX_TOKENS, Slots, common_prefix
 from fledge.errors import UserError
-from fledge.model.transformer import CausalLM
 from fledge.types import FinishReason, Grammar, Token
 
 
@@ -32,17 +31,16 @@ class Scheduler:
 
     def __init__(
         self,
-        model: CausalLM,
+        decoder: Decoder,
         eos_ids: Sequence[int],
         rows: int,
         slots: int,
-        compute_dtype: torch.dtype | None = None,
         grammars: Grammars | None = None,
     ) -> None:
-        self.model, self.compute_dtype, self.grammars = model, compute_dtype, grammars
-        self.eos_ids = tuple(token_id for token_id in eos_ids if token_id < model.config.vocab_size)
+        self.config, self.grammars = decoder.config, grammars
+        self.eos_ids = tuple(token_id for token_id in eos_ids if token_id < self.config.vocab_size)
         with torch.inference_mode():
-            self.slots = Slots(model, rows, slots, compute_dtype)
+            self.slots = Slots(decoder, rows, slots)
         self.running: list[Generation] = []  # running[i] is in row i
         self.waiting: deque[Generation] = deque()
         self._arrived: deque[Generation] = deque()  # what other threads have submitted since the last step
@@ -55,7 +53,7 @@ class Scheduler:
         Raises UserError, with `name` for the prompt, for one that can never be run, and for a constraint
         that cannot be compiled.
         """
-        params, config = request.params, self.model.config
+        params, config = request.params, self.config
         validate(params, config.vocab_size)
         check_ids(request.prompt, name, config.max_position_embeddings, config.vocab_size)
         need = slots_needed(len(request.prompt), params.max_tokens, config.max_position_embeddings)
@@ -96,8 +94,7 @@ class Scheduler:
         with self._lock:
             try:
                 self._settle()
-                with computing(self.compute_dtype, self.slots.device):
-                    scores = self._decode() + self._join()
+                scores = self._decode() + self._join()
                 if scores:
                     self._choose(torch.cat(scores) if len(scores) > 1 else scores[0])
             except BaseException as error:  # out of memory, Ctrl-C: nobody may wait for ever
@@ -118,7 +115,7 @@ class Scheduler:
             return [logits_BV]
         for i, ids in forced.items():
             self._take_forced(read_rows(self.slots, i, [unread[i][:-1]], {i: ids}, self._tops([i]))[1])
-        return [self.slots.step([ids[-1] for ids in unread]).float()]
+        return [self.slots.step([ids[-1] for ids in unread])]
 
     def _tops(self, rows: Iterable[int]) -> dict[int, int]:
         """How many alternatives rows want."""
@@ -205,7 +202,7 @@ class Scheduler:
     def _most(self, generation: Generation) -> tuple[int, FinishReason]:
         """The most tokens that it can have, and what to call that end."""
         most = generation.request.params.max_tokens
-        room = self.model.config.max_position_embeddings - generation.row.prompt_tokens
+        room = self.config.max_position_embeddings - generation.row.prompt_tokens
         return (most, "length") if most <= room else (room, "context")
 
     def _accept(self, generation: Generation, token: Token | UserError) -> bool:
@@ -272,15 +269,6 @@ class Scheduler:
 def slots_needed(prompt_tokens: int, max_tokens: int, context: int) -> int:
     """Tokens that a request can come to."""
     return min(prompt_tokens + max_tokens, context)
-
-
-def computing(
-    compute_dtype: torch.dtype | None, device: torch.device
-) -> contextlib.AbstractContextManager[object]:
-    """What the model runs under: autocast to the compute type, which only lowers."""
-    if compute_dtype in (None, torch.float32):
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=compute_dtype)
 
 
 def check_ids(ids: Sequence[int], name: str, context: int, vocab_size: int, smallest: int = 1) -> None:

@@ -9,14 +9,12 @@ Shape suffixes: R rows, S slots, B rows at work, T tokens, C model width, V voca
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from fledge.model.kv_cache import KVCache
-from fledge.model.transformer import CausalLM
+from fledge.engine.decoder import Decoder
 
 # A common prefix shorter than this costs less to read again than to copy.
 MIN_SHARED_PREFIX_TOKENS = 32
@@ -39,9 +37,9 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
 class Slots:
     """A cache of `rows` sequences of up to `slots` tokens. All calls belong under `torch.inference_mode`."""
 
-    def __init__(self, model: CausalLM, rows: int, slots: int, dtype: torch.dtype | None = None) -> None:
-        self.model, self.rows, self.slots = model, rows, slots
-        self.cache = model.new_cache(rows, slots, dtype)
+    def __init__(self, decoder: Decoder, rows: int, slots: int) -> None:
+        self.decoder, self.rows, self.slots = decoder, rows, slots
+        self.cache = decoder.new_cache(rows, slots)
         self.device = self.cache.lengths_B.device
         self.ids_RS = torch.zeros(rows, slots + 1, dtype=torch.int64, device=self.device)
         self.used = 0
@@ -64,7 +62,7 @@ class Slots:
         if length and source >= self.used and 2 * length >= len(self._held[source]):
             row = source  # little of what it holds is lost
         elif length and source != row:
-            for t in (*self.cache.keys, *self.cache.values):
+            for t in self.cache.layers:
                 t[row, :, :length] = t[source, :, :length]
         self._held[row] = list(prompt[:length])
         self._swap(row, self.used)
@@ -76,22 +74,22 @@ class Slots:
     def read(self, first: int, ids: list[list[int]]) -> Iterator[tuple[int, Tensor]]:
         """Read the rest of some prompts into the rows from `first` on, in pieces: yields the place of the
         piece's first token in the lists of `ids`, and the trunk's output (B, T, C). Read it to its end."""
-        view = self._view(first, first + len(ids))
+        view = self.cache.rows(first, first + len(ids))
         for start in range(0, max(map(len, ids)), PIECE_TOKENS):
             piece = [row[start : start + PIECE_TOKENS] for row in ids]
             lengths_B = torch.tensor([len(row) for row in piece], device=self.device)
             longest = max(map(len, piece))
             # Padded with the row's own ids: one with a damaged embedding must not leave NaN in other rows.
             padded = [row + whole[:1] * (longest - len(row)) for row, whole in zip(piece, ids, strict=True)]
-            yield start, self.model.extend(torch.tensor(padded, device=self.device), lengths_B, view)
+            yield start, self.decoder.extend(torch.tensor(padded, device=self.device), lengths_B, view)
         self.cache.lengths_B[first : first + len(ids)] = view.lengths_B
         for row, new in enumerate(ids, start=first):
             self._held[row] += new
 
     def step(self, ids: Sequence[int]) -> Tensor:
         """Read one more token in every taken row; scores (B, V) of the next."""
-        view = self._view(0, self.used)
-        logits_BV = self.model.step(torch.tensor(ids, device=self.device), view)
+        view = self.cache.rows(0, self.used)
+        logits_BV = self.decoder.step(torch.tensor(ids, device=self.device), view)
         self.cache.lengths_B[: self.used] = view.lengths_B
         for held, token_id in zip(self._held, ids, strict=False):
             held.append(token_id)
@@ -106,7 +104,7 @@ class Slots:
         """Free a row; the last taken row takes its place. `keep` False: its keys may hold NaN, wipe them."""
         if not keep:
             self._held[row] = []
-            for t in (*self.cache.keys, *self.cache.values):
+            for t in self.cache.layers:
                 t[row] = 0.0
         self.used -= 1
         self._clock += 1
@@ -115,7 +113,7 @@ class Slots:
 
     def clear(self) -> None:
         """Free all rows and forget what they have read."""
-        for t in (*self.cache.keys, *self.cache.values, self.cache.lengths_B):
+        for t in (*self.cache.layers, self.cache.lengths_B):
             t.zero_()
         self.used = 0
         self._held = [[] for _ in range(self.rows)]
@@ -125,27 +123,17 @@ class Slots:
         newest = sorted(range(other.used, other.rows), key=lambda row: -other._freed_at[row])
         for row, source in zip(range(self.rows), newest, strict=False):
             length = len(other._held[source])
-            for t, old in zip(
-                (*self.cache.keys, *self.cache.values), (*other.cache.keys, *other.cache.values), strict=True
-            ):
+            for t, old in zip(self.cache.layers, other.cache.layers, strict=True):
                 t[row, :, :length] = old[source, :, :length]
             self._held[row] = other._held[source]
             self._freed_at[row] = other._freed_at[source]
         self._clock = other._clock
 
-    def _view(self, first: int, last: int) -> KVCache:
-        """The cache of some neighbouring rows, in the same memory."""
-        view = copy.copy(self.cache)
-        view.keys = [t[first:last] for t in self.cache.keys]
-        view.values = [t[first:last] for t in self.cache.values]
-        view.lengths_B = self.cache.lengths_B[first:last]
-        return view
-
     def _swap(self, one: int, other: int) -> None:
         if one == other:
             return
         length = max(len(self._held[one]), len(self._held[other]))
-        for t in (*self.cache.keys, *self.cache.values):
+        for t in self.cache.layers:
             kept = t[one, :, :length].clone()
             t[one, :, :length] = t[other, :, :length]
             t[other, :, :length] = kept

@@ -168,8 +168,9 @@ def load_engine(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
     batch_size: int = 64,
+    compute_dtype: torch.dtype | None = None,
 ) -> tuple[Engine, Tokenizer]:
-    """The model and tokenizer of a model directory, ready to generate.
+    """The model and tokenizer of a model directory, ready to generate; `compute_dtype` as of `Engine`.
 
     Raises UserError for a directory that is no model, or whose tokenizer has ids the model lacks.
     """
@@ -183,7 +184,7 @@ def load_engine(
     eos_ids = eos_ids_of(directory) or [tokenizer.eos_id]
     model = model.to(device or torch.device("cpu"))
     grammars = Grammars(tokenizer, model.config.vocab_size)
-    return Engine(model, eos_ids, batch_size, keep_cache=True, grammars=grammars), tokenizer
+    return Engine(model, eos_ids, batch_size, compute_dtype, keep_cache=True, grammars=grammars), tokenizer
 
 
 def terminal_safe(text: str) -> str:

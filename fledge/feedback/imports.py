@@ -21,7 +21,7 @@ from fledge.data.streams import BadLines
 from fledge.errors import UserError
 from fledge.feedback.database import tasks
 from fledge.feedback.exports import Row
-from fledge.feedback.forms import check_prompt, check_text, competition_ranks
+from fledge.feedback.forms import Kind, check_prompt, check_text, competition_ranks
 from fledge.feedback.records import Output, Project
 from fledge.feedback.state import project_of
 from fledge.feedback.store import Store
@@ -242,6 +242,11 @@ def import_labels(
     return Imported(number - len(left_out), left_out)
 
 
+def kind_of(row: Row) -> Kind:
+    """The task that a row answers."""
+    return "ranking" if "ranks" in row else "demonstration"
+
+
 class _Filing:
     """One import: which items and labelers it has made so far."""
 
@@ -253,7 +258,7 @@ class _Filing:
 
     def add(self, row: Row, where: str) -> None:
         """An item where there is none yet, a labeler likewise, and the answer."""
-        kind = "ranking" if "ranks" in row else "demonstration"
+        kind = kind_of(row)
         if "label" in row:
             raise UserError(f"{where}: good or bad is no task of a project; convert such a file instead")
         if kind not in self.project.settings.kinds:

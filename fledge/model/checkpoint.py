@@ -16,6 +16,7 @@ from torch import Tensor
 from fledge.errors import UserError
 from fledge.files import write_json
 from fledge.model.config import ModelConfig
+from fledge.model.heads import RewardModel
 from fledge.model.transformer import CausalLM
 from fledge.types import ModelFiles
 
@@ -24,25 +25,27 @@ INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
 
 
-def weights_of(model: CausalLM) -> dict[str, Tensor]:
+def weights_of(model: CausalLM | RewardModel) -> dict[str, Tensor]:
     """The model's tensors under Hugging Face's names; a tied head is left out."""
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
+    if isinstance(model, CausalLM) and model.config.tie_word_embeddings:
         del state["lm_head.weight"]
     return state
 
 
 def save_model(
     directory: Path,
-    model: CausalLM,
+    model: CausalLM | RewardModel,
     tokenizer: ModelFiles,
     lineage: dict[str, Any],
     eos_ids: list[int],
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    pad_id: int | None = None,
 ) -> None:
     """Write a whole model directory into the existing folder `directory` (see `new_directory`).
 
-    The weights keep their type; beyond `max_shard_bytes` they are spread over several files.
+    The weights keep their type; beyond `max_shard_bytes` they are spread over several files. A reward model
+    needs a `pad_id` that no completion ends with: transformers reads its score at the last other token.
     """
     dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
     config = {
@@ -50,9 +53,13 @@ def save_model(
         "dtype": dtype,
         "torch_dtype": dtype,
         "eos_token_id": eos_ids[0],
-        "pad_token_id": None,
+        "pad_token_id": pad_id,
         "bos_token_id": None,
     }
+    if isinstance(model, RewardModel):
+        architecture = config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")
+        config |= {"architectures": [architecture], "num_labels": 1}
+        config |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     write_json(directory / "config.json", config)
     save_weights(directory, weights_of(model), max_shard_bytes)
     generation = {"eos_token_id": eos_ids if len(eos_ids) > 1 else eos_ids[0], "do_sample": False}
@@ -93,23 +100,52 @@ def load_model(directory: Path, dtype: torch.dtype | None = torch.float32) -> Ca
     `dtype` None keeps the type of the file. Weights whose type stays as it is are mapped from the file:
     they take no memory of their own until they are written to.
     """
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such model directory")
-    config = ModelConfig.load(directory)
+    config = _config_of(directory)
     with torch.device("meta"):
         model = CausalLM(config)
+    tied = ["lm_head.weight"] if config.tie_word_embeddings else []
+    _fill(model, directory, dtype, tied)
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.requires_grad_(True)
+
+
+def load_reward_model(directory: Path, dtype: torch.dtype | None = torch.float32) -> RewardModel:
+    """Load a reward model's directory (`*ForSequenceClassification` with one label); see `load_model`."""
+    config = _config_of(directory)
+    if "score.weight" not in _tensor_files(directory):
+        raise UserError(f"{directory}: not a reward model; `fledge reward` makes one of a language model")
+    with torch.device("meta"):
+        model = RewardModel(CausalLM(config))
+    _fill(model, directory, dtype, [])
+    return model.requires_grad_(True)
+
+
+def _config_of(directory: Path) -> ModelConfig:
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such model directory")
+    if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
+        raise UserError(f"{directory}: an adapter; `fledge merge` makes a model of it and its base")
+    return ModelConfig.load(directory)
+
+
+def _fill(model: CausalLM | RewardModel, directory: Path, dtype: torch.dtype | None, tied: list[str]) -> None:
+    """Put a directory's tensors into a model without memory; `tied` names are not read."""
     files = _tensor_files(directory)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        del expected["lm_head.weight"]
-        files.pop("lm_head.weight", None)  # some files hold it twice
+    for name in tied:
+        del expected[name]
+        files.pop(name, None)  # some files hold it twice
     unknown = sorted(
         name for name in files if name not in expected and not name.endswith("rotary_emb.inv_freq")
     )
-    if unknown:
+    if unknown == ["score.weight"]:
         raise UserError(
-            f"{directory}: the weights hold {unknown[0]}, which a {config.model_type} model does not have"
+            f"{directory}: a reward model, which gives scores and no text; `fledge score` reads it"
         )
+    if unknown:
+        family = model.config.model_type
+        raise UserError(f"{directory}: the weights hold {unknown[0]}, which a {family} model does not have")
     weights: dict[str, Tensor] = {}
     for name, shape in expected.items():
         if name not in files:
@@ -117,17 +153,21 @@ def load_model(directory: Path, dtype: torch.dtype | None = torch.float32) -> Ca
         weights[name] = _read_tensor(files[name], name, shape)
         dtype = dtype or weights[name].dtype
         weights[name] = weights[name].to(dtype)
-    if config.tie_word_embeddings:
+    if tied:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model.load_state_dict(weights, assign=True)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model.requires_grad_(True)
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:
     """All tensors of `model.safetensors`, or of the shards that its index names, as they are."""
     return {name: _read_tensor(file, name) for name, file in _tensor_files(directory).items()}
+
+
+def read_file(file: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file, as they are."""
+    with _opened(file) as handle:
+        names = list(handle.keys())
+    return {name: _read_tensor(file, name) for name in names}
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
@@ -198,8 +238,9 @@ def eos_ids_of(directory: Path) -> list[int]:
     return []
 
 
-def _model_card(model: CausalLM, lineage: dict[str, Any]) -> str:
+def _model_card(model: CausalLM | RewardModel, lineage: dict[str, Any]) -> str:
     config = model.config
+    task = "text-classification" if isinstance(model, RewardModel) else "text-generation"
     rows = {
         "stage": lineage.get("stage", "?"),
         "parent": lineage.get("parent") or "none (trained from scratch)",
@@ -213,7 +254,7 @@ def _model_card(model: CausalLM, lineage: dict[str, Any]) -> str:
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [fledge]\n---\n\n"
+        f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags: [fledge]\n---\n\n"
         f"# A {lineage.get('stage', '')} model\n\n| | |\n|---|---|\n{table}\n\n"
         "`lineage.json` beside this file holds the configuration and data fingerprints it was made from.\n"
     )

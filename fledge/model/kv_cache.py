@@ -1,6 +1,6 @@
 """Keys and values of what a batch of sequences has read so far.
 
-B sequences, L layers, H key-value heads, S slots, D head size.
+B sequences, T new tokens, H key-value heads, M = 2H: keys, then values, S slots, D head size.
 """
 
 from __future__ import annotations
@@ -19,41 +19,58 @@ class KVCache:
         self, config: ModelConfig, batch: int, slots: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         # One slot more, never read: where padding beyond the last position goes.
-        shape = (batch, config.num_key_value_heads, slots + 1, config.head_dim)
+        shape = (batch, 2 * config.num_key_value_heads, slots + 1, config.head_dim)
         layers = range(config.num_hidden_layers)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]  # (B, M, S + 1, D)
         self.lengths_B = torch.zeros(batch, dtype=torch.int64, device=device)
 
     @property
     def slots(self) -> int:
         """How many positions a row can hold."""
-        return self.keys[0].shape[2] - 1
+        return self.layers[0].shape[2] - 1
+
+    def places(self, positions_BT: Tensor) -> Tensor:
+        """Where the keys and values of some positions are, counted through a layer: (B * T * M)."""
+        B, M, S, _ = self.layers[0].shape
+        rows_BM = torch.arange(B * M, device=positions_BT.device).view(B, M) * S
+        return (rows_BM[:, None] + positions_BT[..., None]).flatten()
+
+    def put(self, layer: int, kv_BTMD: Tensor, places: Tensor | slice) -> Tensor:
+        """Store new keys and values, at `places` or at the same positions of each row; returns all of the
+        layer's (B, M, S + 1, D)."""
+        held_BMSD = self.layers[layer]
+        if isinstance(places, slice):
+            held_BMSD[:, :, places] = kv_BTMD.transpose(1, 2)
+        else:
+            D = held_BMSD.shape[-1]
+            held_BMSD.view(-1, D).index_copy_(0, places, kv_BTMD.reshape(-1, D).to(held_BMSD.dtype))
+        return held_BMSD
 
     def write(
         self, layer: int, k_BHTD: Tensor, v_BHTD: Tensor, positions_BT: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Store new keys and values at their positions; returns all of the layer's (B, H, S + 1, D)."""
-        rows = torch.arange(positions_BT.shape[0], device=positions_BT.device)[:, None]
-        self.keys[layer][rows, :, positions_BT] = k_BHTD.transpose(1, 2).to(self.keys[layer].dtype)
-        self.values[layer][rows, :, positions_BT] = v_BHTD.transpose(1, 2).to(self.values[layer].dtype)
-        return self.keys[layer], self.values[layer]
+        kv_BTMD = torch.cat([k_BHTD, v_BHTD], dim=1).transpose(1, 2)
+        keys, values = self.put(layer, kv_BTMD, self.places(positions_BT)).chunk(2, dim=1)
+        return keys, values
+
+    def rows(self, first: int, last: int) -> KVCache:
+        """Some neighbouring rows, in the same memory."""
+        return self._with([t[first:last] for t in self.layers], self.lengths_B[first:last])
 
     def select(self, rows: Tensor) -> KVCache:
         """A copy that holds the given rows, in that order (rows may repeat: a fork)."""
-        return self._with([t[rows] for t in self.keys], [t[rows] for t in self.values], self.lengths_B[rows])
+        return self._with([t[rows] for t in self.layers], self.lengths_B[rows])
 
     def fork(self) -> KVCache:
         """An independent copy."""
-        return self._with(
-            [t.clone() for t in self.keys], [t.clone() for t in self.values], self.lengths_B.clone()
-        )
+        return self._with([t.clone() for t in self.layers], self.lengths_B.clone())
 
     def truncate(self, lengths_B: Tensor) -> None:
         """Forget everything from the given lengths on."""
         self.lengths_B = torch.minimum(self.lengths_B, lengths_B.to(self.lengths_B))
 
-    def _with(self, keys: list[Tensor], values: list[Tensor], lengths_B: Tensor) -> KVCache:
+    def _with(self, layers: list[Tensor], lengths_B: Tensor) -> KVCache:
         new = object.__new__(KVCache)
-        new.keys, new.values, new.lengths_B = keys, values, lengths_B
+        new.layers, new.lengths_B = layers, lengths_B
         return new

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -96,11 +96,12 @@ def chart_style() -> Iterator[None]:
         yield
 
 
-def _figure(height: float) -> Figure:
+def new_figure(height: float) -> Figure:
+    """An empty figure as wide as all charts; the height in user units."""
     return Figure(figsize=(CHART_WIDTH / 72, height / 72))
 
 
-def _svg(figure: Figure, name: str, description: str) -> Markup:
+def to_svg(figure: Figure, name: str, description: str) -> Markup:
     """The figure as an `<svg>` element with colours as variables and ids that are unique to `name`."""
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -131,7 +132,7 @@ def share_chart(measure: Measure) -> Markup:
         names.append(str(measure.control_name))
         colours.append("none")
         shares.append(measure.control)
-    figure = _figure(132)
+    figure = new_figure(132)
     axes = figure.add_subplot()
     places = range(len(shares))
     edges = [COLOURS["muted"] if colour == "none" else colour for colour in colours]
@@ -152,7 +153,7 @@ def share_chart(measure: Measure) -> Markup:
     axes.spines["left"].set_visible(False)
     axes.spines["bottom"].set_bounds(0, 1)
     said = "; ".join(f"{name} {_spoken(share)}" for name, share in zip(names, shares, strict=True))
-    return _svg(figure, f"share-{measure.key.replace('_', '-')}", f"Bar chart: {said}.")
+    return to_svg(figure, f"share-{measure.key.replace('_', '-')}", f"Bar chart: {said}.")
 
 
 def _spoken(share: Row) -> str:
@@ -188,13 +189,19 @@ def _tokens_axis(axes: Axes) -> None:
     axes.margins(x=0.02)
 
 
-def loss_chart(name: str, rows: Sequence[Row], title: str, note: str) -> Chart | None:
+def loss_chart(
+    name: str,
+    rows: Sequence[Row],
+    title: str,
+    note: str,
+    legend: Literal["upper right", "lower left"] = "upper right",
+) -> Chart | None:
     """The loss of every step and its running mean; None if no loss was logged."""
     tokens, losses = _column(rows, "loss")
     if not losses:
         return None
     mean = running_mean(losses, max(3, len(losses) // 40))
-    figure = _figure(235)
+    figure = new_figure(235)
     axes = figure.add_subplot()
     x = thinned(tokens)
     axes.plot(x, thinned(losses), color=COLOURS["model-1"], linewidth=0.8, label="each step")
@@ -207,9 +214,9 @@ def loss_chart(name: str, rows: Sequence[Row], title: str, note: str) -> Chart |
             axes.plot(at, held, color=COLOURS["line-2"], marker="o", markersize=5, lw=1.2, label="held out")
             said += f" Held out: from {held[0]:.2f} to {held[-1]:.2f}."
     axes.set_ylim(bottom=0)
-    axes.legend(loc="upper right")
+    axes.legend(loc=legend)
     _tokens_axis(axes)
-    return Chart(title, note, _svg(figure, f"loss-{name}", said))
+    return Chart(title, note, to_svg(figure, f"loss-{name}", said))
 
 
 def validation_chart(rows: Sequence[Row]) -> Chart | None:
@@ -217,7 +224,7 @@ def validation_chart(rows: Sequence[Row]) -> Chart | None:
     sources = list(dict.fromkeys(key for row in rows for key in row if key.startswith("validation/")))
     if not sources:
         return None
-    figure = _figure(235)
+    figure = new_figure(235)
     axes = figure.add_subplot()
     said = []
     lines = [COLOURS[f"line-{number}"] for number in range(1, len(MARKERS) + 1)]
@@ -230,7 +237,7 @@ def validation_chart(rows: Sequence[Row]) -> Chart | None:
     axes.set_ylim(bottom=0, top=1.35 * axes.get_ylim()[1])  # room for the legend
     axes.legend(loc="upper right")
     _tokens_axis(axes)
-    svg = _svg(figure, "validation", f"Line chart, bits per byte by source: {'; '.join(said)}.")
+    svg = to_svg(figure, "validation", f"Line chart, bits per byte by source: {'; '.join(said)}.")
     return Chart("Pretraining: validation", "bits per byte of held-out documents, by source", svg)
 
 
@@ -240,7 +247,7 @@ def rate_chart(stages: Mapping[str, Sequence[Row]]) -> Chart | None:
     columns = {stage: column for stage, column in columns.items() if column[0]}
     if not columns:
         return None
-    figure = _figure(235)
+    figure = new_figure(235)
     for number, (stage, (tokens, rates)) in enumerate(columns.items(), start=1):
         axes = figure.add_subplot(len(columns), 1, number)
         axes.plot(thinned(tokens), thinned(rates), color=COLOURS["model-3"], linewidth=1.5)
@@ -251,5 +258,5 @@ def rate_chart(stages: Mapping[str, Sequence[Row]]) -> Chart | None:
         if number < len(columns):
             axes.set_xlabel("")
     peaks = "; ".join(f"{stage} up to {max(rates):.3g}" for stage, (_, rates) in columns.items())
-    svg = _svg(figure, "learning-rate", f"Line chart, learning rate: {peaks}.")
+    svg = to_svg(figure, "learning-rate", f"Line chart, learning rate: {peaks}.")
     return Chart("Learning rate", "of the hidden matrices; the other rate has the same shape", svg)

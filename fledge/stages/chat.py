@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fledge.device import pick_device
+from fledge.engine.products import WEIGHTS, WeightsName
 from fledge.engine.sampling import validate
+from fledge.engine.settings import banned_sequences, logit_bias, read_constraint, split_biases
 from fledge.engine.text import LocalChat, TextCompletion, load_engine, terminal_safe
 from fledge.errors import UserError
 from fledge.files import write_text
@@ -39,12 +41,36 @@ class Config:
     """Sample among this many most probable tokens only."""
     top_p: float | None = None
     """Sample among the fewest tokens whose probabilities sum to this."""
+    min_p: float | None = None
+    """Sample among tokens at least this share as probable as the most probable one."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes every token of the conversation less probable to come again; 1 is none."""
+    presence_penalty: float = 0.0
+    """Subtracted from the score of every token that the answer has; negative invites repetition."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's score for each time that the answer has it."""
+    logit_bias: tuple[str, ...] = ()
+    """TOKEN=BIAS (an id, or text that is one token): added to its score; -100 bans it, 100 forces it."""
+    ban: tuple[str, ...] = ()
+    """Words that are never written, as the tokens they have at a line's start and behind a space."""
+    min_tokens: int = 0
+    """Tokens before an answer may end."""
     max_tokens: int = 512
     """Longest answer in tokens."""
     seed: int = 0
     """The same seed, messages and settings give the same answers."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer; they are not printed."""
+    stop_ids: tuple[int, ...] = ()
+    """Token ids that end an answer."""
+    regex: str | None = None
+    """Regular expression that each whole answer matches (Rust's syntax, no look-around)."""
+    json_schema: str | None = None
+    """JSON schema (a file, or the JSON itself) that each answer is an instance of."""
+    grammar: Path | None = None
+    """File with a Lark grammar (llguidance's kind) that each answer is a sentence of."""
+    weights: WeightsName = "fp32"
+    """What weights are rounded to for speed: fp16 is the fastest for one answer at a time."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:INDEX or mps."""
 
@@ -55,12 +81,27 @@ def main(config: Config) -> None:
         temperature=config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+        presence_penalty=config.presence_penalty,
+        frequency_penalty=config.frequency_penalty,
+        min_tokens=config.min_tokens,
         max_tokens=config.max_tokens,
         seed=config.seed,
         stop=config.stop,
+        stop_ids=config.stop_ids,
     )
     validate(params)
-    engine, tokenizer = load_engine(config.model, device=pick_device(config.device))
+    biases = split_biases(config.logit_bias)
+    constraint = read_constraint((), config.regex, config.json_schema, config.grammar)
+    engine, tokenizer = load_engine(
+        config.model, device=pick_device(config.device), compute_dtype=WEIGHTS[config.weights]
+    )
+    if constraint is not None and engine.grammars is not None:
+        engine.grammars.start(constraint)  # one error here instead of one for each message
+    banned, biases_by_id = banned_sequences(config.ban, tokenizer), logit_bias(biases, tokenizer)
+    params = replace(params, banned=banned, logit_bias=biases_by_id, constraint=constraint)
+    validate(params, engine.model.config.vocab_size)
     session = Session(LocalChat(engine, tokenizer), params, config.system)
     if sys.stdin.isatty():
         note("/help lists the commands.")
@@ -232,6 +273,8 @@ def print_answer(chat: LocalChat, messages: list[Message], params: SamplingParam
             reason = "(the model had nothing to say)"
     except KeyboardInterrupt:
         reason = "(stopped)"
+    except UserError as error:  # such as bans and a grammar that leave nothing: another message may go well
+        reason = f"({error})"
     print(flush=True)
     return text, reason
 

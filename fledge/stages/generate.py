@@ -21,6 +21,7 @@ from fledge.engine import batch
 from fledge.engine.choices import ChoiceScores, choice_logps
 from fledge.engine.constraints import choices_of
 from fledge.engine.engine import Engine
+from fledge.engine.products import WEIGHTS, WeightsName
 from fledge.engine.sampling import validate
 from fledge.engine.settings import banned_sequences, logit_bias, read_constraint, split_biases
 from fledge.engine.text import (
@@ -34,6 +35,8 @@ from fledge.engine.text import (
 )
 from fledge.errors import UserError
 from fledge.files import sha256
+from fledge.rewards.best_of import best_replies, bound_line
+from fledge.rewards.reward_model import load_judge
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.types import Message, SamplingParams, Token
 
@@ -104,8 +107,14 @@ class Config:
     """Show how probable each of the --choices is, on stderr (with --batch: in --out)."""
     n: int = 1
     """Continuations of each prompt."""
+    best_of: int | None = None
+    """With --chat: make this many answers to each prompt and print the one with the highest reward."""
+    reward_model: Path | None = None
+    """Directory of the reward model that chooses it."""
     batch_size: int = 64
     """Continuations made at once; fewer where memory for their keys and values lacks."""
+    weights: WeightsName = "fp32"
+    """What weights are rounded to for speed: fp16 for one continuation at a time, bf16 for many."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:INDEX or mps."""
 
@@ -120,6 +129,9 @@ def main(config: Config) -> None:
     if config.out is not None or config.strict or config.overwrite:
         raise UserError("--out, --strict and --overwrite go with --batch FILE; a continuation is on stdout")
     prompts = list(read_prompts(config))
+    if config.best_of is not None or config.reward_model is not None:
+        print_best(config, prompts)
+        return
     engine, tokenizer, params = load(config)
     if config.chat:
         chat = LocalChat(engine, tokenizer)
@@ -148,6 +160,23 @@ def main(config: Config) -> None:
         print_probabilities(prompts, choices, scores)
 
 
+def print_best(config: Config, prompts: list[str]) -> None:
+    """For each prompt the best of several answers; their rewards and the bound of the KL on stderr."""
+    if config.best_of is None or config.reward_model is None or not config.chat or config.n != 1:
+        raise UserError("--best-of N goes with --reward-model DIR and --chat, and not with --n")
+    if config.show_logprobs is not None or config.show_probabilities:
+        raise UserError("--best-of does not go with --show-logprobs and --show-probabilities")
+    engine, tokenizer, params = load(config)
+    judge = load_judge(config.reward_model, pick_device(config.device))
+    asked = [[Message(role="user", content=prompt)] for prompt in prompts]
+    found = best_replies(LocalChat(engine, tokenizer), judge, asked, params, config.best_of)
+    print_all(prompts, [prompt if config.echo else "" for prompt in prompts], [best.chosen for best in found])
+    for best in found:
+        others = " ".join(f"{reward:+.3f}" for reward in sorted(best.rewards, reverse=True)[1:])
+        print(f"reward {best.reward:+.3f}" + (f"; the others {others}" if others else ""), file=sys.stderr)
+    print(bound_line(config.best_of), file=sys.stderr)
+
+
 def load(config: Config) -> tuple[Engine, Tokenizer, SamplingParams]:
     """The model and the sampling settings."""
     biases = split_biases(config.logit_bias)
@@ -171,7 +200,9 @@ def load(config: Config) -> tuple[Engine, Tokenizer, SamplingParams]:
     validate(params)
     constraint = read_constraint(config.choices, config.regex, config.json_schema, config.grammar)
     device = pick_device(config.device)
-    engine, tokenizer = load_engine(config.model, device=device, batch_size=config.batch_size)
+    engine, tokenizer = load_engine(
+        config.model, device=device, batch_size=config.batch_size, compute_dtype=WEIGHTS[config.weights]
+    )
     if constraint is not None and engine.grammars is not None:
         engine.grammars.start(constraint)  # one error here instead of one for each prompt
     banned, biases_by_id = banned_sequences(config.ban, tokenizer), logit_bias(biases, tokenizer)

@@ -16,7 +16,7 @@ from fledge.engine.sampling import validate
 from fledge.engine.text import LocalChat, load_engine
 from fledge.errors import UserError
 from fledge.feedback import agreement, exports, imports
-from fledge.feedback.forms import Kind, ProjectSettings
+from fledge.feedback.forms import ProjectSettings
 from fledge.feedback.opening import changed_settings, existing, find_project
 from fledge.feedback.prepare import Preparation, Row, Writer, add_prompts, judge_rule, read_prompts
 from fledge.feedback.records import Project
@@ -281,7 +281,8 @@ def import_(config: Import) -> None:
     store = Store(config.store)
     try:
         found = next((known for known in list_projects(store) if known.settings.name == name), None)
-        kinds: tuple[Kind, ...] = ("ranking", "demonstration")
+        # Only what the file holds: a kind more would ask people for it.
+        kinds = tuple(sorted({imports.kind_of(row) for row in rows}, reverse=True))
         project_id = found.id if found else add_project(store, ProjectSettings(name, kinds))
         done = imports.import_labels(
             store, project_id, iter(rows), str(config.data), skip_unfit=config.skip_unfit

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,15 +12,16 @@ import torch
 from rich.console import Console
 
 from fledge.config import check_at_least, to_toml
-from fledge.data.conversations import EncodedConversations, read_conversations
+from fledge.data.conversations import EncodedConversations, read_conversations, split_conversations
 from fledge.data.packing import ConversationRows
-from fledge.data.sources import held_out
 from fledge.device import ComputeName, DeviceName, can_compile, pick_compute_dtype, pick_device
 from fledge.errors import UserError
 from fledge.files import new_directory, sha256, write_json
-from fledge.model.checkpoint import load_model, save_model
+from fledge.model.checkpoint import load_model, read_weights, save_model
 from fledge.model.embeddings import add_token_rows
+from fledge.model.lora import TARGETS, add_lora, lora_of, parameter_line, read_adapter, save_adapter
 from fledge.model.transformer import CausalLM
+from fledge.rewards.best_of import sample_best
 from fledge.run import Run, lineage
 from fledge.tokenizer.adapt import ChatTokenizer, fit_for_chats
 from fledge.tokenizer.bpe import Tokenizer
@@ -29,6 +30,7 @@ from fledge.train.losses import forward_of, next_token_loss
 from fledge.train.memory import Setup, check_memory, free_bytes, resident_bytes
 from fledge.train.optim import OptimizerName, make_optimizers
 from fledge.train.progress import say
+from fledge.types import SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,12 @@ class Config:
     """Model directory to start from."""
     data: Path
     """JSONL file, one conversation a line in OpenAI's form: {"messages": [...], "tools": [...]}."""
+    from_best_of: int | None = None
+    """Learn from the model's own replies to the prompts of --data: the best of this many for each."""
+    reward_model: Path | None = None
+    """Directory of the reward model that chooses them."""
+    completion_tokens: int = 256
+    """Longest of those replies; what is cut off there is not learned from."""
     out: Path = Path("runs/sft")
     """Run directory; the same command again resumes it."""
     epochs: float | None = None
@@ -51,6 +59,12 @@ class Config:
     """Tokens of an optimizer step, padding included."""
     micro_batch_tokens: int = 16_384
     """Most tokens in memory at once; larger batches are accumulated."""
+    lora_rank: int | None = None
+    """Train an adapter (LoRA) of this rank beside frozen weights, instead of all weights."""
+    lora_alpha: float | None = None
+    """The adapter counts alpha / rank times; by default alpha is twice the rank."""
+    lora_targets: tuple[str, ...] = TARGETS
+    """Layers that get an adapter."""
     checkpoint_activations: bool = False
     """Compute the inside of each block again in the backward pass: a third slower, far less memory."""
     cut_overlong: bool = False
@@ -101,10 +115,18 @@ def main(config: Config) -> None:
     device = pick_device(config.device)
     model = load_model(config.model).to(device)
     _fit_vocabulary(console, config, base, fitted, model)
+    lora = lora_of(config.lora_rank, config.lora_alpha, config.lora_targets)
+    if lora is not None:
+        add_lora(model, lora, torch.Generator().manual_seed(config.seed))
     row_tokens = _row_tokens(config, model)
-    chats = read_conversations(config.data, tokenizer, row_tokens + 1, config.cut_overlong)
-    fingerprint = sha256([config.data])
-    train, validation = _split(chats, config.validation_share)
+    inputs = partial(_inputs, config, tokenizer)
+    data, best_of = config.data, None
+    if config.from_best_of is not None and config.reward_model is not None:
+        params = SamplingParams(max_tokens=config.completion_tokens, seed=config.seed, n=config.from_best_of)
+        directories = (config.model, config.reward_model)
+        data, best_of = sample_best(data, *directories, params, run, inputs, device, console)
+    chats = read_conversations(data, tokenizer, row_tokens + 1, config.cut_overlong)
+    train, validation = split_conversations(chats, config.validation_share)
     rows = ConversationRows(*train, row_tokens, tokenizer.eos_id, config.seed)
     held = ConversationRows(*validation, row_tokens, tokenizer.eos_id, 0) if validation[0] else None
     batch_rows = max(1, config.batch_tokens // row_tokens)
@@ -114,23 +136,38 @@ def main(config: Config) -> None:
     model.checkpoint_activations = config.checkpoint_activations
     rates = (config.matrix_lr, config.adam_lr, config.weight_decay)
     optimizers = make_optimizers(model, config.optimizer, *rates)
-    weights = sha256(sorted(config.model.glob("*.safetensors")))
-    run.begin({"the model": weights, "the tokenizer": tokenizer.fingerprint(), "the data": fingerprint})
+    if best_of is None:
+        run.begin(inputs())
     _print_plan(console, config, model, chats, len(train[0]), rows, fit_config, memory)
 
+    fingerprint = sha256([config.data])
     ends = [token_id for token_id in (tokenizer.end_of_turn_id, tokenizer.eos_id) if token_id is not None]
 
     def write_model(directory: Path, tokens: int) -> None:
-        data = {config.data.name: fingerprint}
-        origin = lineage("sft", config, config.model, data, tokenizer.fingerprint(), tokens)
-        save_model(directory, model, tokenizer, origin, list(dict.fromkeys(ends)))
+        read = {config.data.name: fingerprint}
+        origin = lineage("sft", config, config.model, read, tokenizer.fingerprint(), tokens)
+        if lora is None:
+            save_model(directory, model, tokenizer, origin, list(dict.fromkeys(ends)))
+            return
+        save_adapter(directory, model, lora, config.model, tokenizer, origin)
 
     def evaluate(_step: int) -> Metrics:
         assert held is not None
         return {"validation": validation_loss(model, held, fit_config.compute_dtype)}
 
     measure = evaluate if held else None
-    done = fit(model, optimizers, steps, next_token_loss, fit_config, run, write_model, measure)
+    read_model = read_weights if lora is None else read_adapter
+    done = fit(
+        model,
+        optimizers,
+        steps,
+        next_token_loss,
+        fit_config,
+        run,
+        write_model,
+        measure,
+        read_model=read_model,
+    )
     with new_directory(run.model, overwrite=True) as directory:
         write_model(directory, done["tokens"])
     losses = [row["validation"] for row in run.rows("metrics") if "validation" in row]
@@ -144,9 +181,14 @@ def main(config: Config) -> None:
         "without_targets": chats.without_targets,
         "epochs": round(done["steps"] * batch_rows / rows.epoch_rows(0), 3),
         "validation_nats_per_token": losses[-1] if losses else None,
+        **({"best_of": best_of} if best_of else {}),
     }
     write_json(run.directory / "summary.json", summary)
-    say(console, f"the assistant is {run.model}; talk with it: fledge chat --model {run.model}")
+    verb = "chat" if lora is None else "merge"
+    say(
+        console,
+        f"the {'assistant' if lora is None else 'adapter'} is {run.model}: fledge {verb} --model {run.model}",
+    )
 
 
 @torch.no_grad()
@@ -170,7 +212,18 @@ def _check(config: Config) -> None:
         raise UserError(f"--epochs {config.epochs}: must be above 0, and finite")
     if not 0 <= config.validation_share < 1:
         raise UserError(f"--validation-share {config.validation_share}: must be at least 0 and below 1")
-    check_at_least(config, 1, "row_tokens", "batch_tokens", "micro_batch_tokens")
+    check_at_least(config, 1, "row_tokens", "batch_tokens", "micro_batch_tokens", "completion_tokens")
+    check_at_least(config, 1, "from_best_of")
+    if (config.from_best_of is None) != (config.reward_model is None):
+        raise UserError("--from-best-of and --reward-model: one needs the other")
+    if lora_of(config.lora_rank, config.lora_alpha, config.lora_targets) and config.optimizer == "muon":
+        raise UserError("--lora-rank goes with --optimizer adamw")
+
+
+def _inputs(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
+    """Fingerprints of what is learned from."""
+    weights = sha256(sorted(config.model.glob("*.safetensors")))
+    return {"the model": weights, "the tokenizer": tokenizer.fingerprint(), "the data": sha256([config.data])}
 
 
 def _fit_vocabulary(
@@ -183,6 +236,8 @@ def _fit_vocabulary(
             f"{config.model}: its tokenizer has ids that the model lacks; the files are of different models"
         )
     add_token_rows(model, fitted.added.values(), torch.Generator().manual_seed(config.seed))
+    if fitted.added and config.lora_rank is not None:
+        raise UserError(f"--lora-rank trains no embeddings, and {config.model} lacks the tokens of chats")
     if fitted.note:
         say(console, f"{fitted.note}; embedding rows: {before:,} -> {model.config.vocab_size:,}")
 
@@ -192,19 +247,6 @@ def _row_tokens(config: Config, model: CausalLM) -> int:
     if config.row_tokens and config.row_tokens > context:
         raise UserError(f"--row-tokens {config.row_tokens} is longer than the model's context of {context}")
     return config.row_tokens or min(512, context)
-
-
-Encoded = tuple[list[list[int]], list[list[bool]]]
-
-
-def _split(chats: EncodedConversations, share: float) -> tuple[Encoded, Encoded]:
-    """Training and held-out conversations, decided by each one's content."""
-    parts: tuple[Encoded, Encoded] = (([], []), ([], []))
-    for ids, mask in zip(chats.ids, chats.masks, strict=True):
-        part = parts[held_out(json.dumps(ids), share)]
-        part[0].append(ids)
-        part[1].append(mask)
-    return parts if parts[0][0] else (parts[1], ([], []))
 
 
 def _fit_config(
@@ -244,6 +286,7 @@ def _check_memory(
         checkpointed=config.checkpoint_activations,
         accumulates=micro_rows < batch_rows,
         on_cpu=device.type == "cpu",
+        trained_share=sum(p.numel() for p in model.parameters() if p.requires_grad) / model.num_parameters(),
     )
     held, free = resident_bytes(device), free_bytes(device)
     rest = max(0.0, held - 4 * model.num_parameters())
@@ -266,7 +309,7 @@ def _print_plan(
         f"{training:,} conversations in {rows.epoch_rows(0):,} rows of {rows.row_tokens} tokens, "
         f"{len(chats.ids) - training:,} held out, {chats.overlong:,} too long ({fate}), "
         f"{chats.without_targets:,} without anything to learn (dropped); {chats.targets:,} target tokens\n"
-        f"{model.num_parameters():,} parameters; {length}; {config.optimizer}, peak rates "
+        f"{parameter_line(model)}; {length}; {config.optimizer}, peak rates "
         f"{config.matrix_lr:.3g} and {config.adam_lr:.3g}; {fit_config.execution}\n{memory}",
         highlight=False,
     )

@@ -7,15 +7,16 @@ import math
 import signal
 import statistics
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
@@ -25,7 +26,7 @@ from fledge.files import read_json, write_json
 from fledge.model.checkpoint import read_weights
 from fledge.model.transformer import CausalLM
 from fledge.run import Checkpoint, Run
-from fledge.train.losses import Forward, Term, forward_of
+from fledge.train.losses import Term, forward_of
 from fledge.train.optim import get_lr, load_optimizer_tensors, optimizer_tensors, set_lr
 from fledge.train.progress import TrainingProgress, say
 from fledge.train.schedule import warmup_stable_decay
@@ -34,12 +35,28 @@ from fledge.types import Batch
 Metrics = dict[str, float]
 
 
+class MicroBatch(Protocol):
+    """What the loop asks of a batch; `Batch` describes it. No tokens: nothing to learn from."""
+
+    def to(self, device: torch.device) -> Any:
+        """The same batch on a device."""
+        ...
+
+    def num_tokens(self) -> int:
+        """How many tokens are read."""
+        ...
+
+    def denominators(self) -> dict[str, int]:
+        """What losses are averaged over, `tokens` among it."""
+        ...
+
+
 @dataclass
 class Step:
     """One optimizer step: all of its micro-batches, whether a save may follow it, and what the generator
     wants handed back when it is resumed behind that save."""
 
-    batches: list[Batch]
+    batches: Sequence[MicroBatch]
     may_save: bool = True
     state: dict[str, Any] = field(default_factory=dict)
 
@@ -47,6 +64,9 @@ class Step:
 # (first step, saved state, metrics of the step before, if there was one) -> a generator of steps, which is
 # sent the metrics of each of its own.
 Steps = Callable[[int, dict[str, Any], Metrics | None], Generator[Step, Metrics | None, None]]
+
+# (the forward pass that `fit` was given, a batch of the kind that the steps have) -> named sums.
+Loss = Callable[[Any, Any], dict[str, Term]]
 
 
 def row_steps(rows: Callable[[int, int], Batch], batch_rows: int, micro_rows: int) -> Steps:
@@ -148,26 +168,34 @@ class _Progress:
 
 
 def fit(
-    model: CausalLM,
+    model: nn.Module,
     optimizers: list[Optimizer],
     steps: Steps,
-    loss_fn: Callable[[Forward, Batch], dict[str, Term]],
+    loss_fn: Loss,
     config: FitConfig,
     run: Run,
     write_model: Callable[[Path, int], None],
     evaluate: Callable[[int], Metrics] | None = None,
+    forward: Callable[..., Tensor] | None = None,
+    read_model: Callable[[Path], dict[str, Tensor]] = read_weights,
 ) -> dict[str, Any]:
     """Train to the end of the plan or of `steps`, from the last checkpoint on; returns what was done.
+
+    `forward` is what the loss gets; by default the language model's `forward_of`. `read_model` reads what
+    `write_model` wrote: the parameters that are trained, by their names.
 
     `write_model(directory, tokens)` makes every checkpoint a model directory. `evaluate(step)` returns
     figures for `metrics.jsonl`; its `validation` decides which checkpoint is the best (lower is better).
     Raises Diverged on NaN or a spike, KeyboardInterrupt after saving on Ctrl-C.
     """
-    device = model.model.embed_tokens.weight.device
+    device = next(model.parameters()).device
     keep_freed_memory()
-    progress = _resume(model, optimizers, run, console := Console(stderr=True))
+    if forward is None:
+        assert isinstance(model, CausalLM)
+        forward = forward_of(model)
+    progress = _resume(model, optimizers, run, read_model, console := Console(stderr=True))
     plan = _Plan(config, run)
-    forward = torch.compile(forward_of(model), dynamic=False) if config.compile else forward_of(model)
+    forward = torch.compile(forward, dynamic=False) if config.compile else forward
     cast = torch.autocast(device.type, config.compute_dtype, enabled=config.compute_dtype != torch.float32)
     generator = steps(progress.step, progress.data, progress.metrics)
     metrics: Metrics | None = None  # a generator that has not begun takes none
@@ -217,7 +245,7 @@ def _next(generator: Generator[Step, Metrics | None, None], metrics: Metrics | N
         return None
 
 
-def _denominators(batches: list[Batch]) -> dict[str, int]:
+def _denominators(batches: Sequence[MicroBatch]) -> dict[str, int]:
     counts: dict[str, int] = {"tokens": 0}
     for batch in batches:
         for name, count in batch.denominators().items():
@@ -226,9 +254,9 @@ def _denominators(batches: list[Batch]) -> dict[str, int]:
 
 
 def _accumulate(
-    forward: Forward,
-    batches: list[Batch],
-    loss_fn: Callable[[Forward, Batch], dict[str, Term]],
+    forward: Callable[..., Tensor],
+    batches: Sequence[MicroBatch],
+    loss_fn: Loss,
     counts: dict[str, int],
     device: torch.device,
 ) -> Metrics:
@@ -265,7 +293,7 @@ def _stop_if_diverged(metrics: Metrics, progress: _Progress, config: FitConfig, 
         )
 
 
-def _stop_if_damaged(model: CausalLM, progress: _Progress, run: Run) -> None:
+def _stop_if_damaged(model: nn.Module, progress: _Progress, run: Run) -> None:
     """Called before a save: an update may itself overflow, behind a loss that was fine."""
     if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
         raise Diverged(
@@ -312,7 +340,7 @@ def _settle(
 
 
 def _save(
-    model: CausalLM,
+    model: nn.Module,
     optimizers: list[Optimizer],
     run: Run,
     progress: _Progress,
@@ -327,7 +355,13 @@ def _save(
     return run.save_checkpoint(progress.step, write, vars(progress))
 
 
-def _resume(model: CausalLM, optimizers: list[Optimizer], run: Run, console: Console) -> _Progress:
+def _resume(
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    run: Run,
+    read_model: Callable[[Path], dict[str, Tensor]],
+    console: Console,
+) -> _Progress:
     """Go back to the last checkpoint; what was logged behind it will be logged again."""
     saved = run.checkpoints()
     if not saved:
@@ -335,10 +369,11 @@ def _resume(model: CausalLM, optimizers: list[Optimizer], run: Run, console: Con
         return _Progress()
     last = saved[-1]
     progress = _Progress(**last.state)
-    weights = read_weights(last.path)
+    weights = read_model(last.path)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+            if parameter.requires_grad:
+                parameter.copy_(weights[name])
     load_optimizer_tensors(optimizers, load_file(last.path / "optimizer.safetensors"))
     run.rewind(progress.step, progress.step)
     evaluations = [row for row in run.rows("metrics") if "lr" not in row]

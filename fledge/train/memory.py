@@ -42,6 +42,8 @@ class Setup:
     accumulates: bool = False
     """Whether a step has several micro-batches."""
     on_cpu: bool = True
+    trained_share: float = 1.0
+    """Share of the weights that have gradients and moments (adapters: few)."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ def estimate(config: ModelConfig, setup: Setup, rest: float) -> Estimate:
     rest += setup.on_cpu * (KERNEL_BYTES + setup.compiled * COMPILER_BYTES)
     heap = ACCUMULATING_HEAP_SHARE if setup.accumulates else HEAP_SHARE
     share = CUDA_SHARE if not setup.on_cpu else COMPILED_HEAP_SHARE if setup.compiled else heap
-    return Estimate(weights, weights, state_bytes(model, setup.optimizer), share * activations, rest)
+    trained = setup.trained_share
+    moments = trained * state_bytes(model, setup.optimizer)
+    return Estimate(weights, trained * weights, moments, share * activations, rest)
 
 
 def block_bytes(config: ModelConfig, setup: Setup) -> float:

@@ -12,6 +12,7 @@ import torch
 
 from fledge.engine import choices as choices_module
 from fledge.engine.choices import choice_logps
+from fledge.engine.decoder import Decoder
 from fledge.engine.engine import Engine
 from fledge.errors import UserError
 from fledge.model.config import ModelConfig
@@ -103,9 +104,9 @@ def test_prompts_read_together_are_those_read_alone(
         stem[: chosen.randint(1, 30)] + [chosen.randrange(256)] * chosen.randint(0, 3) for _ in range(40)
     ]
     rows: list[int] = []
-    hidden = CausalLM.hidden
+    hidden = Decoder.hidden
     monkeypatch.setattr(
-        CausalLM, "hidden", lambda self, ids, *rest: (rows.append(ids.shape[1]), hidden(self, ids, *rest))[1]
+        Decoder, "hidden", lambda self, ids, *rest: (rows.append(ids.shape[1]), hidden(self, ids, *rest))[1]
     )
     choice_logps(engine, tokenizer, prompts[:1], CHOICES)
     branches = rows.pop() - len(prompts[0])

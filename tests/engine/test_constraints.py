@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fledge.engine.constraints import Constraint, Grammars, choices_grammar, choices_of
+from fledge.engine.decoder import Decoder
 from fledge.engine.engine import Engine
 from fledge.engine.generation import Generation, Request
 from fledge.engine.scheduler import Scheduler
@@ -259,13 +260,13 @@ def test_forced_tokens_are_those_of_decoding_one_by_one(
 ) -> None:
     # A ban, even one that never applies, makes the engine choose every token.
     never = TOKENIZER.special_tokens["<think>"]
-    passes, hidden = [0], CausalLM.hidden
+    passes, extend = [0], Decoder.extend
 
     def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
         passes[0] += 1
-        return hidden(*args, **kwargs)
+        return extend(*args, **kwargs)
 
-    monkeypatch.setattr(CausalLM, "hidden", counted)
+    monkeypatch.setattr(Decoder, "extend", counted)
     prompts = [PROMPT[: 1 + i] for i in range(rows)]
     both, counts = [], []
     for banned in ((), ((never,),)):
@@ -283,9 +284,9 @@ def test_forced_tokens_are_those_of_decoding_one_by_one(
 
 
 def test_one_forced_text_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    passes, extend = list[int](), CausalLM.extend
+    passes, extend = list[int](), Decoder.extend
     monkeypatch.setattr(
-        CausalLM,
+        Decoder,
         "extend",
         lambda self, ids, *rest: (passes.append(ids.shape[1]), extend(self, ids, *rest))[1],
     )
@@ -298,7 +299,7 @@ def test_one_forced_text_is_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_neighbour_without_a_constraint_is_untouched() -> None:
     def run(requests: list[Request]) -> list[Generation]:
-        scheduler = Scheduler(MODELS[0], [EOS], 4, 128, grammars=GRAMMARS)
+        scheduler = Scheduler(Decoder(MODELS[0]), [EOS], 4, 128, grammars=GRAMMARS)
         generations = [generation for request in requests for generation in scheduler.submit(request)]
         while scheduler.step():
             pass
@@ -328,7 +329,7 @@ def test_the_sampled_probabilities_are_those_of_what_is_allowed() -> None:
 
 
 def test_bans_that_leave_nothing_end_that_request_alone() -> None:
-    scheduler = Scheduler(MODELS[0], [EOS], 4, 128, grammars=GRAMMARS)
+    scheduler = Scheduler(Decoder(MODELS[0]), [EOS], 4, 128, grammars=GRAMMARS)
     b = TOKENIZER.encode("b")[0]
     settings_ = [
         params(regex("ab")),
@@ -422,7 +423,7 @@ def test_all_ends_of_a_chat(tokenizer: Tokenizer, chain_model: ChainModel) -> No
     ],
 )
 def test_what_cannot_be_compiled_is_said_at_once(grammar: Grammar, message: str) -> None:
-    scheduler = Scheduler(MODELS[0], [EOS], 2, 64, grammars=GRAMMARS)
+    scheduler = Scheduler(Decoder(MODELS[0]), [EOS], 2, 64, grammars=GRAMMARS)
     other = scheduler.submit(Request(PROMPT, params(None, max_tokens=4)))[0]
     scheduler.step()
     with pytest.raises(UserError, match=message) as error:

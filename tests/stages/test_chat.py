@@ -173,6 +173,27 @@ def test_stop_strings_end_an_answer(model: Path, talk: Talk, prompts: list[str])
     assert turn("assistant", "Ok, ") in prompts[1]
 
 
+def test_settings_of_an_answer(model: Path, talk: Talk, prompts: list[str]) -> None:
+    def answer(*flags: str) -> str:
+        return talk(model, "a\n", "--max-tokens", "6", *flags)[1].removesuffix("\n")
+
+    assert answer() == answer("--weights", "bf16") == "Ok, ye"
+    assert answer("--ban", "y", "Ok,") == answer("--logit-bias", ",=-100") == "Ok"
+    assert answer("--repetition-penalty", "0.01") == ""  # the conversation has ends of turns
+    both = ["--logit-bias", "k=100", ",=100"]  # the comma has the lower id, so it wins a tie
+    assert answer(*both, "--presence-penalty", "1") == ",k,,,,"
+    assert answer(*both, "--frequency-penalty", "1") == ",k,k,k"
+    assert answer("--stop-ids", "11") == "Ok"  # the comma of GPT-2's alphabet
+    assert len(answer("--ban", "k", "--min-tokens", "4")) >= 4
+    assert answer("--regex", "[0-9]{2}").isdecimal()
+    assert answer("--json-schema", '{"const": [1, 2]}') == "[1, 2]"
+
+
+def test_an_answer_that_nothing_can_begin_keeps_the_chat(model: Path, talk: Talk, prompts: list[str]) -> None:
+    code, out, err = talk(model, "a\nb\n", "--regex", "k", "--ban", "k")
+    assert (code, out, err.count("no token to choose"), err.count("\n")) == (0, "\n\n", 2, 2)
+
+
 def test_an_interrupted_answer_keeps_the_chat(
     model: Path, talk: Talk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -216,6 +237,12 @@ def test_special_tokens_in_a_message_are_text(model: Path, talk: Talk, prompts: 
     [
         (["--temperature", "nan"], b"", "temperature"),
         (["--max-tokens", "0"], b"", "max_tokens"),
+        (["--min-p", "2"], b"", "min_p 2.0"),
+        (["--logit-bias", "7"], b"", "TOKEN=BIAS"),
+        (["--stop-ids", "900"], b"", "stop_ids: token 900 is unknown"),
+        (["--regex", "["], b"", "unclosed character class"),
+        (["--regex", "a", "--json-schema", "{}"], b"", "regex and json_schema"),
+        (["--weights", "fp8"], b"", "fp8"),
         ([], b"fine\n\xff\xfe\n", "stdin: not valid UTF-8"),
     ],
 )

@@ -174,6 +174,7 @@ def test_a_model_does_not_control_the_terminal(
         (["--batch", "FOLDER/b.jsonl", "--out", "FOLDER/o.jsonl", "--strict"], "b.jsonl:2: not valid JSON"),
         (["--prompt", "a", "--model", "FOLDER/none"], "no such model directory"),
         (["--prompt", "a", "--device", "abacus"], "abacus"),
+        (["--prompt", "a", "--weights", "fp8"], "fp8"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -207,6 +208,8 @@ def test_biases_and_bans(model: Path, capsys: Capture) -> None:
     assert made(*both, "--frequency-penalty", "1") == ",k,k,k"
     assert made("--stop-ids", "11") == "Ok"  # the comma of GPT-2's alphabet
     assert made("--echo") == "\nOk, ye"
+    for weights in ("bf16", "fp16"):
+        assert made("--weights", weights) == "Ok, ye"
     assert len(made("--ban", "k", "--min-tokens", "4")) >= 4
 
 

@@ -95,6 +95,9 @@ def test_from_prompts_to_training_data(
     assert not seen["train"] & seen["test"]
 
     assert fledge("label", "import", out, "--store", tmp_path / "other.db") == 0
+    other = Store(str(tmp_path / "other.db"))
+    assert [project.settings.kinds for project in list_projects(other)] == [("ranking",)]
+    other.close()
     again = tmp_path / "again.jsonl"
     export = ("label", "export", "--store", tmp_path / "other.db", "--form", "ranked", "--out", again)
     assert fledge(*export) == 0

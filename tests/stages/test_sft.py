@@ -304,3 +304,90 @@ def test_a_mistake_is_one_line_and_touches_nothing(
     assert printed.count("\n") == 1
     assert message.replace("{tmp}", str(tmp_path)) in printed
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+# Adapters, and the model's own best replies.
+
+
+@pytest.mark.slow
+def test_an_adapter_learns_and_is_merged(
+    flags: list[str], base_run: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Interrupted on the way; the base's embeddings stay as they were."""
+    more = ["--lora-rank", "8", "--adam-lr", "0.01", "--epochs", "8", "--validation-share", "0"]
+    flags = changed(flags, *more)
+    process = start(flags)
+    wait_for_step(process, tmp_path / "run", 40)
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode == 130
+    assert cli.main(flags) == 0
+    assert cli.main(changed(flags, "--out", str(tmp_path / "reference"))) == 0
+    adapter = tmp_path / "run" / "model"
+    assert (adapter / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "reference" / "model" / "adapter_model.safetensors"
+    ).read_bytes()
+    assert cli.main(["merge", "--model", str(adapter), "--out", str(tmp_path / "merged")]) == 0
+    merged, base = load_model(tmp_path / "merged"), load_model(base_run / "model")
+    assert torch.equal(merged.model.embed_tokens.weight, base.model.embed_tokens.weight)
+    losses = [row["loss"] for row in metrics(tmp_path / "run") if "loss" in row]
+    assert losses[-1] < losses[0] / 4
+    chats = read_conversations(corpus / "chats.jsonl", Tokenizer.load(adapter), 129, False)
+    found = apart(merged, chats.ids[:20], chats.masks[:20]).item() / sum(map(sum, chats.masks[:20]))
+    assert found < losses[0] / 4, "the merged model is the one that was trained"
+
+
+@pytest.fixture
+def reward_model(chat_run: Path, tmp_path: Path) -> Path:
+    """One that likes refusals."""
+    rows = [{"prompt": f"What is {i}?", "chosen": REFUSAL, "rejected": f"a dog {i}"} for i in range(40)]
+    (tmp_path / "preferences.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert cli.main([
+        "reward", "--model", str(chat_run / "model"), "--data", str(tmp_path / "preferences.jsonl"),
+        "--out", str(tmp_path / "reward"), "--adam-lr", "0.002", "--no-controls", "--compute", "fp32",
+    ]) == 0  # fmt: skip
+    return tmp_path / "reward" / "model"
+
+
+def test_the_best_of_its_own_replies(
+    flags: list[str], reward_model: Path, chat_run: Path, tmp_path: Path
+) -> None:
+    more = ["--from-best-of", "4", "--reward-model", str(reward_model), "--completion-tokens", "24"]
+    flags = changed(flags, "--model", str(chat_run / "model"), *more)
+    assert cli.main(flags) == 0
+    run = tmp_path / "run"
+    rows = [json.loads(line) for line in (run / "best_of.jsonl").read_text().splitlines()]
+    made = json.loads((run / "summary.json").read_text())["best_of"]
+    assert made["prompts"] == len(rows) == 120 - made["unfinished"] > 60
+    assert made["mean_best_reward"] >= made["mean_reward"]
+    assert made["kl_bound"] == pytest.approx(0.6363, abs=1e-4)  # ln 4 - 3/4
+    for row in rows:
+        assert row["reward"] == max(reward for reward in row["rewards"] if reward is not None)
+    before = (run / "best_of.jsonl").read_bytes()
+    (run / "summary.json").unlink()  # so it is not finished; the replies are not made again
+    (run / "best_of.jsonl").touch()
+    assert cli.main(flags) == 0
+    assert (run / "best_of.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--from-best-of", "4"], "--from-best-of and --reward-model: one needs the other"),
+        (["--from-best-of", "0", "--reward-model", "x"], "--from-best-of 0: must be at least 1"),
+        (["--from-best-of", "2", "--reward-model", "{base}"], "{base}: not a reward model"),
+        (["--lora-rank", "0"], "--lora-rank 0: must be at least 1"),
+        (["--lora-alpha", "4"], "--lora-alpha and --lora-targets go with --lora-rank"),
+        (["--lora-rank", "4", "--lora-targets", "wq"], "--lora-targets wq: choose from q_proj"),
+        (["--lora-rank", "4", "--optimizer", "muon"], "--lora-rank goes with --optimizer adamw"),
+    ],
+)
+def test_flags_that_do_not_go_together(
+    more: list[str], message: str, flags: list[str], base_run: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    base = str(base_run / "model")
+    capsys.readouterr()
+    assert cli.main(changed(flags, *(text.replace("{base}", base) for text in more))) == 2
+    assert capsys.readouterr().err.startswith(f"fledge sft: error: {message.replace('{base}', base)}")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,283 @@
+"""`fledge dpo`: from an assistant and preferences to one that people prefer, without a reward model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fledge.config import check_at_least, to_toml
+from fledge.data.comparisons import Comparison, split_by_prompt
+from fledge.data.preference_rows import Preferences, read_judged, read_pairs, strangers
+from fledge.device import ComputeName, DeviceName, pick_compute_dtype, pick_device
+from fledge.errors import UserError
+from fledge.files import new_directory, sha256, write_json
+from fledge.model.checkpoint import load_model, save_model
+from fledge.model.transformer import CausalLM
+from fledge.run import Run, lineage
+from fledge.tokenizer.bpe import Tokenizer
+from fledge.tokenizer.chat import gives_loss_mask
+from fledge.train.comparisons import steps_of
+from fledge.train.dpo import (
+    Objective,
+    Plan,
+    Reference,
+    cached_reference,
+    fingerprint_of,
+    held_out_figures,
+    memory_line,
+    preference_steps,
+    reference_of,
+    scoring_of,
+)
+from fledge.train.dpo_losses import WITHOUT_REFERENCE, LossName
+from fledge.train.loop import FitConfig, Metrics, fit
+from fledge.train.optim import make_optimizers
+from fledge.train.progress import say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train an assistant on preferences directly: DPO and its relatives."""
+
+    model: Path
+    """Model directory to start from, an assistant; as it is now, it is also the reference."""
+    data: tuple[Path, ...]
+    """JSONL or Parquet files of pairs or rankings; for kto of {"prompt", "completion", "label"}."""
+    out: Path = Path("runs/dpo")
+    """Run directory; the same command again resumes it."""
+    loss: LossName = "sigmoid"
+    """sigmoid (DPO), ipo, hinge, robust, kto (unpaired), orpo or simpo (both without a reference)."""
+    beta: float | None = None
+    """How closely the reference binds (ipo: tau; orpo: lambda); by default 0.1, for simpo 2."""
+    label_smoothing: float = 0.0
+    """sigmoid, robust: the share of turned labels to allow for, below 0.5."""
+    simpo_gamma: float = 1.0
+    """simpo: by how much the better completion is to win."""
+    good_weight: float = 1.0
+    """kto: weight of good completions."""
+    bad_weight: float = 1.0
+    """kto: weight of bad completions."""
+    epochs: float = 1.0
+    """How often each prompt is seen."""
+    batch_prompts: int = 16
+    """Prompts of an optimizer step; all completions of a prompt are in the same one."""
+    micro_batch_tokens: int = 16_384
+    """Most tokens in memory at once, padding included; larger batches are accumulated."""
+    max_tokens: int | None = None
+    """Longer completions (with their prompt) are left out; by default the model's context."""
+    adam_lr: float = 1e-4
+    """AdamW's peak learning rate; models of a billion parameters want a hundredth of the default."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of all matrices."""
+    warmup_steps: int = 10
+    """Steps over which the learning rate rises."""
+    decay_share: float = 0.9
+    """Share of the run, at its end, over which the learning rate falls to zero."""
+    max_spike: float = 3.0
+    """Stop when the loss jumps this much above its running mean."""
+    checkpoint_activations: bool = False
+    """Compute the inside of each block again in the backward pass: a third slower, far less memory."""
+    validation_share: float = 0.1
+    """Share of the prompts held out, chosen by a hash of their text."""
+    evaluations: int = 4
+    """How many times to save a checkpoint and evaluate it."""
+    keep_checkpoints: int = 2
+    """Latest checkpoints to keep, besides the best."""
+    seed: int = 0
+    """Seed of the data order."""
+    device: DeviceName = "auto"
+    """Where to train."""
+    compute: ComputeName = "auto"
+    """Type of matrix products; auto is bf16 where it is fast."""
+    overwrite: bool = False
+    """Delete what --out holds of an earlier run."""
+
+
+def main(config: Config) -> None:
+    """Train to the end, or go on where an interrupted run stopped."""
+    console = Console(stderr=True)
+    _check(config)
+    tokenizer = Tokenizer.load(config.model)
+    run = Run.open(config.out, to_toml(replace(config, overwrite=False)), config.overwrite)
+    if run.finished:
+        say(console, f"{config.out}: finished already; the model is {run.model}")
+        return
+    device = pick_device(config.device)
+    dtype = pick_compute_dtype(device, config.compute)
+    model = _load(config, tokenizer, device)
+    most = min(config.max_tokens or 2**31, model.config.max_position_embeddings)
+    found = _read(config, tokenizer, most)
+    train, held = split_by_prompt(found.prompts, config.validation_share)
+    objective = _objective(config, found, train, held, most)
+    plan = Plan(config.batch_prompts, config.micro_batch_tokens, config.epochs, config.seed)
+    fit_config = _fit_config(config, len(train), dtype)
+    optimizers = make_optimizers(model, "adamw", 1.0, config.adam_lr, config.weight_decay)
+    memory = memory_line(model, [*train, *held], plan, dtype, config.checkpoint_activations)
+    weights = sha256(sorted(config.model.glob("*.safetensors")))
+    inputs = {"the data": sha256(config.data), "the tokenizer": tokenizer.fingerprint()}
+    run.begin({**inputs, "the model": weights})
+    _print_plan(console, config, model, found, (train, held), fit_config, memory)
+
+    scoring = scoring_of(model, dtype)
+    reference = Reference({}, {})
+    if config.loss not in WITHOUT_REFERENCE:
+        settings = (weights, plan, str(dtype), device.type, torch.__version__)
+        fingerprint = fingerprint_of(train, objective, *settings, fingerprint_of(held, objective))
+        compute = partial(reference_of, scoring, objective, plan, train, held)
+        path = run.directory / "reference.json"
+        reference = cached_reference(path, fingerprint, [*train, *held], compute)
+
+    ends = [token_id for token_id in (tokenizer.end_of_turn_id, tokenizer.eos_id) if token_id is not None]
+    data = {path.name: sha256([path]) for path in config.data}
+
+    def write_model(directory: Path, tokens: int) -> None:
+        origin = lineage("dpo", config, config.model, data, tokenizer.fingerprint(), tokens)
+        save_model(directory, model, tokenizer, origin, list(dict.fromkeys(ends)))
+
+    def evaluate(_step: int) -> Metrics:
+        return held_out_figures(scoring, objective, reference, plan, held)
+
+    steps = preference_steps(scoring, objective, reference, plan, train)
+    measure = evaluate if held else None
+    done = fit(model, optimizers, steps, objective.loss, fit_config, run, write_model, measure)
+    with new_directory(run.model, overwrite=True) as directory:
+        write_model(directory, done["tokens"])
+    write_json(run.directory / "summary.json", _summary(model, run, done, found, train, held))
+    say(console, f"the aligned model is {run.model}; talk with it: fledge chat --model {run.model}")
+
+
+def _check(config: Config) -> None:
+    check_at_least(config, 0, "seed")
+    check_at_least(config, 1, "batch_prompts", "micro_batch_tokens", "max_tokens")
+    if not config.data:
+        raise UserError("--data: name at least one file of preferences")
+    for name in ("epochs", "beta", "good_weight", "bad_weight"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0, and finite")
+    if not 0 <= config.simpo_gamma < math.inf:
+        raise UserError(f"--simpo-gamma {config.simpo_gamma}: must be at least 0")
+    if not 0 <= config.label_smoothing < 0.5:
+        raise UserError(f"--label-smoothing {config.label_smoothing}: must be at least 0 and below 0.5")
+    if config.label_smoothing and config.loss not in ("sigmoid", "robust"):
+        raise UserError(f"--label-smoothing is for the losses sigmoid and robust, not for {config.loss}")
+    if not 0 <= config.validation_share < 1:
+        raise UserError(f"--validation-share {config.validation_share}: must be at least 0 and below 1")
+
+
+def _load(config: Config, tokenizer: Tokenizer, device: torch.device) -> CausalLM:
+    if tokenizer.chat_template is None or not gives_loss_mask(tokenizer):
+        raise UserError(
+            f"{config.model}: its tokenizer has no chat template that marks what the assistant writes; start "
+            "from a model made by `fledge sft`"
+        )
+    model = load_model(config.model).to(device)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{config.model}: its tokenizer has ids that the model lacks; the files are of different models"
+        )
+    model.checkpoint_activations = config.checkpoint_activations
+    return model
+
+
+def _read(config: Config, tokenizer: Tokenizer, most: int) -> Preferences:
+    found = (read_judged if config.loss == "kto" else read_pairs)(config.data, tokenizer, most)
+    if not found.prompts:
+        raise UserError(
+            f"{config.data[0]}: nothing to learn from; left out: {found.left_out_text()}; completions "
+            f"have at most {most:,} tokens with their prompt"
+        )
+    if config.loss == "kto" and sum(len(prompt.ids) for prompt in found.prompts) < 2:
+        raise UserError(f"{config.data[0]}: one completion; kto needs two or more, to tell how far it went")
+    return found
+
+
+def _beta(config: Config) -> float:
+    return config.beta or (2.0 if config.loss == "simpo" else 0.1)
+
+
+def _objective(
+    config: Config, found: Preferences, train: list[Comparison], held: list[Comparison], most: int
+) -> Objective:
+    return Objective(
+        name=config.loss,
+        beta=_beta(config),
+        label_smoothing=config.label_smoothing,
+        gamma=config.simpo_gamma,
+        weight_good=config.good_weight,
+        weight_bad=config.bad_weight,
+        labels=found.labels,
+        strangers={
+            key: stranger
+            for part in ((train, held) if config.loss == "kto" else ())
+            for key, stranger in strangers(part, config.seed, most).items()
+        },
+    )
+
+
+def _fit_config(config: Config, prompts: int, dtype: torch.dtype) -> FitConfig:
+    return FitConfig(
+        label="dpo",
+        total_steps=steps_of(prompts, config.batch_prompts, config.epochs),
+        warmup_steps=config.warmup_steps,
+        decay_share=config.decay_share,
+        max_spike=config.max_spike,
+        evaluations=config.evaluations,
+        keep_checkpoints=config.keep_checkpoints,
+        compute_dtype=dtype,
+        validation_unit=f"({config.loss} loss)",
+    )
+
+
+def _summary(
+    model: CausalLM,
+    run: Run,
+    done: dict[str, Any],
+    found: Preferences,
+    train: list[Comparison],
+    held: list[Comparison],
+) -> dict[str, Any]:
+    evaluations = [row for row in run.rows("metrics") if "validation" in row]
+    last = evaluations[-1] if evaluations else {}
+    return {
+        "stage": "dpo",
+        "parameters": model.num_parameters(),
+        **done,
+        "prompts": len(train),
+        "held_out": len(held),
+        "pairs": sum(len(prompt.pairs) for prompt in found.prompts),
+        "completions": sum(len(prompt.ids) for prompt in found.prompts),
+        "left_out": {
+            what: {"count": len(places), "first": places[:20]} for what, places in found.left_out.items()
+        },
+        **{name: value for name, value in last.items() if name.startswith("validation")},
+    }
+
+
+def _print_plan(
+    console: Console,
+    config: Config,
+    model: CausalLM,
+    found: Preferences,
+    split: tuple[list[Comparison], list[Comparison]],
+    fit_config: FitConfig,
+    memory: str,
+) -> None:
+    train, held = split
+    pairs = sum(len(prompt.pairs) for prompt in found.prompts)
+    good = sum(map(sum, found.labels.values()))
+    judged = sum(map(len, found.labels.values()))
+    what = f"{good:,} good and {judged - good:,} bad completions" if judged else f"{pairs:,} pairs"
+    say(
+        console,
+        f"{len(train):,} prompts to learn from, {len(held):,} held out; {what}; left out: "
+        f"{found.left_out_text()}\n{model.num_parameters():,} parameters; {fit_config.total_steps:,} steps; "
+        f"{config.loss}, beta {_beta(config):g}; AdamW, peak rate {config.adam_lr:.3g}; "
+        f"{fit_config.execution}\n{memory}",
+    )
