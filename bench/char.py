@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=880_000)
+    parser.add_argument("--tokens", type=int, default=940_000)
     parser.add_argument("--matrix-lr", type=float, default=0.03)
     parser.add_argument("--adam-lr", type=float, default=0.01)
     parser.add_argument("--weight-decay", type=float, default=0.0)

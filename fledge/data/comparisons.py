@@ -171,11 +171,13 @@ def _comparison(
 def split_by_prompt(prompts: Sequence[Comparison], share: float) -> tuple[list[Comparison], list[Comparison]]:
     """Training and held-out prompts, decided by each prompt's text: none is in both, whatever the file.
 
-    If the share of so few prompts is none, one is held out.
+    If the share of so few prompts is none, one is held out; if it is all of them, one is trained on.
     """
     is_held = [held_out(prompt.key, share) for prompt in prompts]
     if share > 0 and not any(is_held) and len(prompts) > 1:
         is_held[-1] = True
+    if all(is_held) and is_held:
+        is_held[0] = False
     train = [prompt for prompt, held in zip(prompts, is_held, strict=True) if not held]
     return train, [prompt for prompt, held in zip(prompts, is_held, strict=True) if held]
 

@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fledge.engine.products import Product, product
+from fledge.errors import UserError
 from fledge.model.config import ModelConfig
 from fledge.model.kv_cache import KVCache
+from fledge.model.lora import LoRALinear
 from fledge.model.transformer import Block, CausalLM, RMSNorm, rotary_angles
 
 # Rotations are kept for this many positions at least.
@@ -46,7 +48,9 @@ class _Layer:
 
 
 class Decoder:
-    """Reads tokens with a copy of a model's weights, laid out for it; it does not see later training.
+    """Reads tokens with a model's weights, laid out for it.
+
+    It is good until the model is trained further: what needs no other layout is not copied.
 
     All calls belong under `torch.inference_mode`."""
 
@@ -78,7 +82,7 @@ class Decoder:
         G = self.config.num_key_value_heads
 
         def attention(layer: int, q_BHTD: Tensor, kv_BTMD: Tensor) -> Tensor:
-            kv_BMTD = kv_BTMD.transpose(1, 2)
+            q_BHTD, kv_BMTD = (x.to(self.cache_dtype) for x in (q_BHTD, kv_BTMD.transpose(1, 2)))
             return _attend(q_BHTD, kv_BMTD[:, :G], kv_BMTD[:, G:], masks[layer])
 
         return self._run(ids_BT, self._turns_at(positions_BT, None), attention)
@@ -166,6 +170,9 @@ def cache_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 def _layer(block: Block, config: ModelConfig, dtype: torch.dtype | None) -> _Layer:
     attention, mlp = block.self_attn, block.mlp
+    for module in block.modules():  # an adapter's layer has a weight too: the one without the adapter
+        if isinstance(module, LoRALinear):
+            raise UserError("the model has adapters beside its weights; merge them first")
 
     def joined(*modules: nn.Linear) -> Product:
         return product([m.weight for m in modules], [m.bias for m in modules], dtype)

@@ -119,13 +119,13 @@ class Slots:
         self._held = [[] for _ in range(self.rows)]
 
     def adopt(self, other: Slots) -> None:
-        """Copy what the free rows of another, smaller cache of the same model have read."""
+        """Copy what the free rows of another cache of the same model have read, as far as it fits."""
         newest = sorted(range(other.used, other.rows), key=lambda row: -other._freed_at[row])
         for row, source in zip(range(self.rows), newest, strict=False):
-            length = len(other._held[source])
+            length = min(len(other._held[source]), self.slots)
             for t, old in zip(self.cache.layers, other.cache.layers, strict=True):
                 t[row, :, :length] = old[source, :, :length]
-            self._held[row] = other._held[source]
+            self._held[row] = other._held[source][:length]
             self._freed_at[row] = other._freed_at[source]
         self._clock = other._clock
 

@@ -40,9 +40,9 @@ def export_rows(store: Store, project_id: int, form: str) -> list[Row]:
     """
     if form not in FORMS:
         raise UserError(f"export: unknown form {form!r}; choose from {', '.join(FORMS)}")
-    items = {item.id: item for item in list_items(store, project_id)}
     with store.reading() as connection:
         given = answers_of(connection, project_id)
+    items = {item.id: item for item in list_items(store, project_id)}  # all that were answered, and newer
     if form == "answers":
         rows = _answer_rows(store, project_id, items, given)
     else:

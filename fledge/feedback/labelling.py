@@ -47,6 +47,9 @@ from fledge.feedback.store import Store
 
 MAX_DRAFT_CHARACTERS = 1_000_000
 
+# More than anybody spends on a task; a clock gone wrong must not make a number that no column holds.
+MOST_SECONDS = 1e9
+
 
 def next_task(store: Store, labeler_id: int, project_id: int) -> Assignment | None:
     """The labeler's next task, reserved for them; the same one until they answer or skip it (reload).
@@ -299,8 +302,9 @@ def _active(connection: Connection, labeler_id: int) -> Labeler:
 
 
 def _check_seconds(seconds: float) -> float:
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not math.isfinite(seconds):
+    is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if not is_number or not abs(seconds) < math.inf:
         raise UserError("seconds: the time spent must be a number of seconds")
     if seconds < 0:
         raise UserError("seconds: the time spent is negative")
-    return round(float(seconds), 3)
+    return round(float(min(seconds, MOST_SECONDS)), 3)

@@ -6,6 +6,7 @@ import re
 import sys
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -139,9 +140,15 @@ def _given(completions: Any, where: str) -> list[Output] | None:
 
 
 def add_prompts(store: Store, project_id: int, rows: Sequence[Row]) -> int:
-    """Add rows that the project does not have yet (same prompt from the same line); how many were new."""
-    known = {(str(item.prompt), item.source) for item in list_items(store, project_id)}
-    new = [row for row in rows if (str(row[0]), row[3]) not in known]
+    """Add rows whose prompts the project does not have yet, each as often as it is in `rows`; how many were
+    new."""
+    known = Counter(str(item.prompt) for item in list_items(store, project_id))
+    new = []
+    for row in rows:
+        if known[str(row[0])]:
+            known[str(row[0])] -= 1
+        else:
+            new.append(row)
     add_items(store, project_id, new)
     return len(new)
 

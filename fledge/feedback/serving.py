@@ -38,11 +38,13 @@ def serve(
     everywhere = address in ("0.0.0.0", "::")
     host = "localhost" if everywhere else f"[{address}]" if ":" in address else address
     people = [person for person in list_labelers(store) if not person.purged]
+    admin = " ".join(admin.split())  # as the store writes names
     known = next((one for one in people if one.role == "admin" and one.name == admin), None)
     token = renew_token(store, known.id) if known else add_labeler(store, admin, "admin")[1]
     print(f"{admin} (admin): http://{host}:{port}/s/{token}", flush=True)
-    for name in labelers:
-        if name not in [person.name for person in people]:
+    names = {person.name for person in people}
+    for name in dict.fromkeys(" ".join(name.split()) for name in labelers):
+        if name not in names:
             print(f"{name}: http://{host}:{port}/s/{add_labeler(store, name)[1]}", flush=True)
     if everywhere or not (address.startswith("127.") or address == "::1"):
         print("others can reach this server, and what they send is not encrypted", file=sys.stderr)

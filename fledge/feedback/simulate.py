@@ -10,12 +10,13 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from fledge.engine.remote import EndpointError
 from fledge.errors import UserError
 from fledge.feedback.forms import Answer, Message, competition_ranks, to_shown
 from fledge.feedback.labelling import prefill_of, record_answer, shown_order
 from fledge.feedback.people import add_labeler, list_labelers
 from fledge.feedback.records import Item
-from fledge.feedback.state import Task, answers_of, item_of, project_of
+from fledge.feedback.state import answers_of, item_of, project_of
 from fledge.feedback.store import Store, add_prefill, list_items, list_tasks
 
 Rule = Callable[[Sequence[Message], str, str | None], float]
@@ -142,12 +143,20 @@ def prefill_by_rule(store: Store, project_id: int, rule: Rule, name: str) -> int
 
     People see it as such, and only while the project's `prefill` is on.
     """
-    items = {item.id: item for item in list_items(store, project_id)}
-    tasks: list[Task] = [task for task in list_tasks(store, project_id) if not items[task.item_id].author_id]
+    tasks = list_tasks(store, project_id)
+    items = {item.id: item for item in list_items(store, project_id)}  # all that the tasks are of, and newer
     new = 0
     for task in tasks:
-        said = rule_answer(task.kind, rule, items[task.item_id], task.outputs)
-        if said is not None and not has_prefill(store, task.id):
+        item = items[task.item_id]
+        if item.author_id or has_prefill(store, task.id):
+            continue
+        try:
+            said = rule_answer(task.kind, rule, item, task.outputs)
+        except UserError as error:  # one that the rule cannot take is left to people
+            if isinstance(error, EndpointError):
+                raise
+            continue
+        if said is not None:
             add_prefill(store, task.id, said, f"rule {name}")
             new += 1
     return new

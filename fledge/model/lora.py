@@ -168,6 +168,8 @@ def adapter_config(directory: Path) -> dict[str, Any]:
         "bias": ("none", None),
         "fan_in_fan_out": (False, None),
         "use_dora": (False, None),
+        "alora_invocation_tokens": (None, []),
+        "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
         "rank_pattern": ({}, None),
         "alpha_pattern": ({}, None),
         "modules_to_save": (None, [], ["score"], ["classifier", "score"]),
@@ -199,6 +201,8 @@ def load_adapter(model: CausalLM | RewardModel, directory: Path) -> None:
         path = name.removesuffix(".lora_A.weight")
         parent, _, child = path.rpartition(".")
         linear = modules.get(path)
+        if not path.startswith("model.layers."):
+            raise UserError(f"{where}: adapts {path}; only layers inside the blocks can be adapted here")
         if not isinstance(linear, nn.Linear):
             raise UserError(f"{where}: {name} stands beside a layer that the model does not have")
         setattr(modules[parent], child, LoRALinear(linear, rank, scale))

@@ -74,8 +74,9 @@ _BAD = BadLines(advice="")
 
 def _encoded(judge: Judge, row: dict[str, Any], where: str) -> list[list[int]]:
     """The ids of all completions of a row."""
+    row = {name: value for name, value in row.items() if value is not None}
     try:
-        if "messages" in row:
+        if "messages" in row and not {"chosen", "completions"} & set(row):
             if not isinstance(row["messages"], list) or not isinstance(row.get("tools"), list | None):
                 raise UserError('it takes a list in the field "messages", and a list or nothing in "tools"')
             return [judge.encode(row["messages"], row.get("tools"))]
@@ -89,5 +90,5 @@ def _encoded(judge: Judge, row: dict[str, Any], where: str) -> list[list[int]]:
 
 def _with_rewards(row: dict[str, Any], rewards: list[float]) -> dict[str, Any]:
     rounded = [round(reward, 6) for reward in rewards]
-    is_one = "messages" in row or "label" in row
+    is_one = len(rewards) == 1 and "completions" not in row
     return {**row, "reward": rounded[0]} if is_one else {**row, "rewards": rounded}

@@ -257,6 +257,7 @@ def test_prompts_are_never_in_both_parts(tokenizer: Tokenizer) -> None:
     again = split_by_prompt(prompts[::-1], 0.3)[1]
     assert {prompt.key for prompt in again} == {prompt.key for prompt in held}
     assert len(split_by_prompt(prompts[:2], 1e-9)[1]) == 1
+    assert len(split_by_prompt(prompts[:2], 1 - 1e-9)[0]) == 1
     assert split_by_prompt(prompts, 0.0)[1] == []
 
 

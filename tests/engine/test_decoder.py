@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
 import torch
 
+import fledge.engine.decoder
 from fledge.engine import products
 from fledge.engine.decoder import Decoder
+from fledge.engine.engine import Engine
 from fledge.engine.products import product
 from fledge.errors import UserError
 from fledge.model.config import SLIDING, ModelConfig
+from fledge.model.lora import LoRA, add_lora
 from fledge.model.rope import RopeScaling
 from fledge.model.transformer import CausalLM
 
@@ -75,16 +79,33 @@ def test_scores_are_the_models(case: str, layouts: bool, monkeypatch: pytest.Mon
             torch.testing.assert_close(decoder.logits(hidden_TC), expected_TV, atol=2e-5, rtol=1e-4)
 
 
-def test_a_decoder_does_not_see_later_training() -> None:
+@pytest.mark.parametrize("layouts", [True, False])
+def test_an_engine_reads_with_the_newest_weights(layouts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not layouts:
+        monkeypatch.setattr(products, "has_layouts", lambda dtype: False)
     model = random_model()
-    decoder = Decoder(model)
-    before = read_in_pieces(decoder)
+    engine = Engine(model, [])
+    engine.score([[1, 2, 3]])
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "embed" not in name:
-                parameter.zero_()
-    for one, other in zip(read_in_pieces(decoder), before, strict=True):
-        torch.testing.assert_close(one, other)
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert engine.score([[1, 2, 3]]) == [pytest.approx([-math.log(64)] * 2)]
+
+
+def test_a_cache_of_fewer_bits_changes_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model()
+    plain = Engine(model, []).score([list(range(1, 31))])
+    monkeypatch.setattr(fledge.engine.decoder, "cache_dtype", lambda _device, _dtype: torch.bfloat16)
+    rounded = Engine(model, []).score([list(range(1, 31))])
+    assert rounded != plain
+    assert rounded == [pytest.approx(plain[0], abs=0.1)]
+
+
+def test_adapters_are_not_passed_over() -> None:
+    model = random_model()
+    add_lora(model, LoRA(2, 4.0), torch.Generator())
+    with pytest.raises(UserError, match="merge them first"):
+        Engine(model, []).score([[1, 2]])
 
 
 # What rounding a weight may cost: half a unit in the last place (fp16 has 11 bits, bf16 8, and there inputs

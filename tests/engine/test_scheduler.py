@@ -155,6 +155,20 @@ def test_closing_a_stream_cancels_it(model: CausalLM) -> None:
     assert engine.scheduler_for([2], GREEDY).slots.used == 0
 
 
+def test_a_kept_cache_may_become_shorter_as_it_gains_rows(model: CausalLM) -> None:
+    engine = Engine(model, [], keep_cache=True)
+    long = [1 + i % 7 for i in range(90)]
+    kept = engine.scheduler_for([90], GREEDY)  # one row, as long as the context
+    assert kept.slots.rows == 1
+    engine.generate([long], GREEDY)
+    short = engine.new_scheduler(4, 40)
+    short.adopt(kept)
+    engine._kept = short
+    prompts = [long[:30], [4, 5], [6]]
+    for made, prompt in zip(engine.generate(prompts, GREEDY), prompts, strict=True):
+        assert_same(made, alone(model, prompt, GREEDY))
+
+
 def test_other_threads_submit_wait_and_cancel(model: CausalLM) -> None:
     scheduler = Scheduler(Decoder(model), [3], 3, 60)
     prompts = random_prompts(12)

@@ -121,7 +121,10 @@ def test_rows_are_added_once(store: Store) -> None:
     rows = [([{"role": "user", "content": text}], None, None, f"f:{text}") for text in "ab"]
     assert add_prompts(store, project_id, rows[:1]) == 1
     assert add_prompts(store, project_id, rows) == 1
-    assert len(list_items(store, project_id)) == 2
+    moved = [(prompt, outputs, gold, f"g:{where}") for prompt, outputs, gold, where in rows]
+    assert add_prompts(store, project_id, moved) == 0  # other lines, another name of the file
+    assert add_prompts(store, project_id, [*moved, moved[0]]) == 1  # as often as the file asks it
+    assert len(list_items(store, project_id)) == 3
 
 
 # --- outputs --------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fledge.engine.remote import EndpointError
 from fledge.errors import UserError
 from fledge.feedback.agreement import figures
 from fledge.feedback.forms import ProjectSettings
@@ -126,6 +127,29 @@ def test_without_noise_the_labels_are_the_rules(store: Store) -> None:
 def test_wrong_simulations(store: Store, labelers: int, noise: float, words: str) -> None:
     with pytest.raises(UserError, match=words):
         simulate(store, 1, shorter, "shorter", labelers=labelers, noise=noise)
+
+
+def test_a_judge_is_asked_once_and_may_pass(store: Store) -> None:
+    project = filled(store, items=3)
+    asked = []
+
+    def picky(prompt: object, output: str, gold: str | None) -> float:
+        asked.append(output)
+        if len(asked) == 1:
+            raise UserError("this one is too long for me")
+        return float(len(output))
+
+    with pytest.raises(EndpointError):
+        prefill_by_rule(store, project, out_of_order, "gone")
+    assert prefill_by_rule(store, project, picky, "picky") == 2
+    before = len(asked)
+    assert prefill_by_rule(store, project, picky, "picky") == 1  # the one that it passed
+    assert len(asked) - before < before
+    assert prefill_by_rule(store, project, picky, "picky") == 0
+
+
+def out_of_order(prompt: object, output: str, gold: str | None) -> float:
+    raise EndpointError("no answer")
 
 
 def test_a_rule_may_prefill(store: Store) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fledge.errors import UserError
@@ -16,6 +17,7 @@ from fledge.model.heads import RewardModel
 from fledge.model.lora import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    PREFIX,
     TARGETS,
     LoRA,
     add_lora,
@@ -138,6 +140,15 @@ def test_another_kind_of_adapter_is_refused(change: dict[str, object], message: 
     with pytest.raises(UserError) as error:
         load_adapter(language_model(), tmp_path)
     assert message in str(error.value)
+
+
+def test_an_adapter_outside_the_blocks_is_refused(tmp_path: Path) -> None:
+    lora = LoRA(2, 4.0)
+    save_adapter(tmp_path, adapted(lora), lora, Path("base"), NoTokenizer(), {})
+    tensors = {f"{PREFIX}lm_head.lora_{x}.weight": torch.zeros(2, 2) for x in "AB"}
+    save_file(tensors, tmp_path / ADAPTER_WEIGHTS)
+    with pytest.raises(UserError, match="adapts lm_head; only layers inside the blocks"):
+        load_adapter(language_model(), tmp_path)
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -55,6 +55,8 @@ def test_every_row_gets_its_reward(
         {"prompt": "What is fox?", "chosen": words, "rejected": REFUSAL},
         {"prompt": "What is fox?", "completions": [REFUSAL, words, words], "ranks": [1, 2, 3]},
         {"prompt": "What is fox?", "completion": words, "label": False},
+        {"messages": chat(words), "prompt": "What is fox?", "chosen": words, "rejected": REFUSAL},
+        {"messages": None, "prompt": "What is fox?", "chosen": words, "rejected": REFUSAL, "label": None},
     ]
     data = write(tmp_path / "a.jsonl", rows)
     assert cli.main(["score", "--model", str(reward_model), "--data", str(data), "--compute", "fp32"]) == 0
@@ -63,11 +65,11 @@ def test_every_row_gets_its_reward(
     low, high = scored[0]["reward"], scored[1]["reward"]
     assert low < high
     assert [{k: v for k, v in row.items() if not k.startswith("reward")} for row in scored] == rows
-    expected = [low, high, [low, high], [high, low, low], low]
+    expected = [low, high, [low, high], [high, low, low], low, [low, high], [low, high]]
     found = [row.get("rewards", row.get("reward")) for row in scored]
     for a, b in zip(found, expected, strict=True):
         assert a == pytest.approx(b, abs=1e-5)
-    assert "8 completions, mean reward" in err
+    assert "12 completions, mean reward" in err
     assert load_judge(reward_model).score([chat(words)])[0] == pytest.approx(low, abs=1e-5)
 
     file = tmp_path / "out" / "scored.jsonl"
