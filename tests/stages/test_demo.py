@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,14 @@ from .commands import start, wait_for_step
 
 TINY = ["--facts", "150", "--params", "0.3M", "--vocab-size", "700", "--tokens", "16k", "--sft-epochs", "0.2",
         "--limit", "6"]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread_for_all_stages() -> Iterator[None]:
+    """The same bits again are promised for one thread; with more, sums may be taken in another order."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
 
 
 @pytest.fixture(scope="module")
