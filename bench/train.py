@@ -1,6 +1,6 @@
 """Tokens a second of a training step on the CPU: fledge beside its peers, in one run.
 
-    python bench/train.py [--size 10M] [--rounds 5] [--steps 4] [--only SUBSTRING]
+    python bench/train.py [--size 10M] [--rounds 5] [--steps 4] [--only SUBSTRING;...]
                           [--nanogpt model.py] [--preload libtcmalloc_minimal.so.4]
 
 A step is forward, backward, clipping and the optimizer's update of 16 rows of 256 tokens, fledge's as its
@@ -301,7 +301,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="steps of a variant in each round")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--only", default="", help="variants whose words contain one of these (comma)")
+    parser.add_argument("--only", default="", help="variants whose words contain one of these, by ;")
     parser.add_argument("--nanogpt", default="", help="path of nanoGPT's model.py")
     parser.add_argument("--preload", default="", help="path of an allocator's shared library, for peers")
     parser.add_argument("--verbose", action="store_true", help="show what the variants print")
@@ -315,7 +315,7 @@ def main() -> None:
     chosen = [
         v
         for v in variants(bool(options.nanogpt), bool(options.preload))
-        if v.who == "products" or any(word in v.words() for word in options.only.split(","))
+        if v.who == "products" or any(word in v.words() for word in options.only.split(";"))
     ]
     if importlib.util.find_spec("transformers") is None:
         chosen = [v for v in chosen if v.who != "transformers"]
