@@ -86,6 +86,19 @@ def can_compile() -> tuple[bool, str]:
     return True, compiler
 
 
+def pick_compile(name: str, minutes: float | None, operations: float) -> bool:
+    """Whether to compile a training that takes so many minutes, or else floating-point operations. `auto`
+    does it where there is a compiler and the run is long enough."""
+    # Starting the compiler takes up to half a minute; shorter runs are over sooner without it.
+    is_long = minutes > 2 if minutes else operations > 2e13
+    return name == "yes" or (name == "auto" and is_long and can_compile()[0])
+
+
+def autocast(device: torch.device, compute_dtype: torch.dtype) -> torch.autocast:
+    """A block in which matrix products are computed in this type; for fp32 it changes nothing."""
+    return torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
+
+
 def keep_freed_memory() -> None:
     """Tell glibc's allocator to keep what is freed instead of handing it back to the kernel.
 

@@ -85,7 +85,7 @@ class Decoder:
             q_BHTD, kv_BMTD = (x.to(self.cache_dtype) for x in (q_BHTD, kv_BTMD.transpose(1, 2)))
             return _attend(q_BHTD, kv_BMTD[:, :G], kv_BMTD[:, G:], masks[layer])
 
-        return self._run(ids_BT, self._turns_at(positions_BT, None), attention)
+        return self._run(ids_BT, self._turns_at(positions_BT, int(positions_BT.max()) + 1, None), attention)
 
     def extend(self, ids_BT: Tensor, new_lengths_B: Tensor, cache: KVCache) -> Tensor:
         """Read up to T new tokens a row behind what the cache holds; rows are right-padded, row b has
@@ -107,7 +107,7 @@ class Decoder:
             held_BMSD = cache.put(layer, kv_BTMD, places)[:, :, :slots]
             return _attend(q_BHTD.to(held_BMSD.dtype), held_BMSD[:, :G], held_BMSD[:, G:], masks[layer])
 
-        hidden_BTC = self._run(ids_BT, self._turns_at(positions_BT, lengths_B), attention)
+        hidden_BTC = self._run(ids_BT, self._turns_at(positions_BT, longest + T, lengths_B), attention)
         cache.lengths_B = lengths_B
         return hidden_BTC
 
@@ -134,16 +134,15 @@ class Decoder:
             x_NC = x_NC + layer.down(F.silu(gate_NI).mul_(inner_NI))
         return _normed(x_NC, self._scale_C, eps).view(B, T, -1)
 
-    def _turns_at(self, positions_BT: Tensor, lengths_B: Tensor | None) -> Tensor:
-        """The rotation of each pair at each position (B, T, 1, D / 2), complex; for `lengths_B` see
-        `rotary_angles`."""
+    def _turns_at(self, positions_BT: Tensor, end: int, lengths_B: Tensor | None) -> Tensor:
+        """The rotation of each pair at each position (B, T, 1, D / 2), complex. Positions are below `end`;
+        for `lengths_B` see `rotary_angles`."""
         scaling, half = self.config.rope_scaling, self.config.head_dim // 2
         if scaling is not None and scaling.rope_type == "dynamic":  # it changes with the length
             cos_B1TD, sin_B1TD = rotary_angles(self.config, positions_BT, lengths_B)
             return torch.complex(cos_B1TD[..., :half], sin_B1TD[..., half:]).transpose(1, 2)
-        last = int(positions_BT.max())
-        if last >= len(self._turns):
-            index_1S = torch.arange(max(KEPT_POSITIONS, 2 * last), device=self.device)[None]
+        if end > len(self._turns):
+            index_1S = torch.arange(max(KEPT_POSITIONS, 2 * end), device=self.device)[None]
             cos_11SD, sin_11SD = rotary_angles(self.config, index_1S)
             self._turns = torch.complex(cos_11SD[0, 0, :, :half], sin_11SD[0, 0, :, half:])
         return self._turns[positions_BT][:, :, None]

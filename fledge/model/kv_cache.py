@@ -1,6 +1,6 @@
 """Keys and values of what a batch of sequences has read so far.
 
-B sequences, T new tokens, H key-value heads, M = 2H: keys, then values, S slots, D head size.
+B sequences, T new tokens, M keys' heads, then values' heads, S slots, D head size.
 """
 
 from __future__ import annotations
@@ -45,14 +45,6 @@ class KVCache:
             D = held_BMSD.shape[-1]
             held_BMSD.view(-1, D).index_copy_(0, places, kv_BTMD.reshape(-1, D).to(held_BMSD.dtype))
         return held_BMSD
-
-    def write(
-        self, layer: int, k_BHTD: Tensor, v_BHTD: Tensor, positions_BT: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Store new keys and values at their positions; returns all of the layer's (B, H, S + 1, D)."""
-        kv_BTMD = torch.cat([k_BHTD, v_BHTD], dim=1).transpose(1, 2)
-        keys, values = self.put(layer, kv_BTMD, self.places(positions_BT)).chunk(2, dim=1)
-        return keys, values
 
     def rows(self, first: int, last: int) -> KVCache:
         """Some neighbouring rows, in the same memory."""

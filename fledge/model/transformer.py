@@ -3,7 +3,7 @@
 RMSNorm (Zhang & Sennrich 2019), rotary positions (Su et al. 2021), SwiGLU (Shazeer 2020),
 grouped-query attention (Ainslie et al. 2023), normalised queries and keys in the qwen3 family.
 
-Shape suffixes: B rows, T tokens, S cache slots, C model width, H query heads, G key-value heads,
+Shape suffixes: B rows, T tokens, S keys, C model width, H query heads, G key-value heads,
 D head size, V vocabulary.
 """
 
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fledge.model.config import ModelConfig
-from fledge.model.kv_cache import KVCache
 from fledge.model.rope import scaled_frequencies
 
 # Above this many keys the fused kernel wins on a CPU; below, plain matrix products do.
@@ -86,15 +85,10 @@ def rotate(x_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def attend(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, visible: Tensor) -> Tensor:
     """Softmax attention over the keys that `visible` (B or 1, 1, T, S; bool) allows; softmax in fp32."""
-    B, H, T, D = q_BHTD.shape
+    H, D = q_BHTD.shape[1], q_BHTD.shape[3]
     G, S = k_BGSD.shape[1], k_BGSD.shape[2]
     if q_BHTD.device.type != "cpu" or S > EXPLICIT_ATTENTION_KEYS:
         return F.scaled_dot_product_attention(q_BHTD, k_BGSD, v_BGSD, attn_mask=visible, enable_gqa=H != G)
-    if T == 1:  # decoding: the heads of a group share one matrix product, nothing is copied
-        q_BGRD = q_BHTD.reshape(B, G, H // G, D)
-        scores = (q_BGRD @ k_BGSD.transpose(-1, -2)).float() / math.sqrt(D)
-        weights = scores.masked_fill(~visible, -math.inf).softmax(-1).to(v_BGSD.dtype)
-        return (weights @ v_BGSD).reshape(B, H, T, D)
     if H != G:
         k_BGSD, v_BGSD = k_BGSD.repeat_interleave(H // G, dim=1), v_BGSD.repeat_interleave(H // G, dim=1)
     scores_BHTS = (q_BHTD @ k_BGSD.transpose(-1, -2)).float() / math.sqrt(D)
@@ -105,10 +99,10 @@ def attend(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, visible: Tensor) -> T
 class Attention(nn.Module):
     """Grouped-query self-attention."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         C, D = config.hidden_size, config.head_dim
-        self.layer, self.head_dim = layer, D
+        self.head_dim = D
         self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=config.has_qkv_bias)
         self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=config.has_qkv_bias)
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=config.has_qkv_bias)
@@ -116,20 +110,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.has_qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.has_qk_norm else nn.Identity()
 
-    def forward(
-        self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], visible: Tensor, past: Past | None
-    ) -> Tensor:
+    def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], visible: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         B, T, _ = x_BTC.shape
         q_BHTD = self.q_norm(self.q_proj(x_BTC).view(B, T, -1, self.head_dim)).transpose(1, 2)
         k_BGTD = self.k_norm(self.k_proj(x_BTC).view(B, T, -1, self.head_dim)).transpose(1, 2)
         v_BGTD = self.v_proj(x_BTC).view(B, T, -1, self.head_dim).transpose(1, 2)
         q_BHTD, k_BGTD = rotate(q_BHTD, *rope), rotate(k_BGTD, *rope)
-        if past is not None:
-            cache, positions_BT, slots = past
-            k_BGTD, v_BGTD = cache.write(self.layer, k_BGTD, v_BGTD, positions_BT)
-            k_BGTD, v_BGTD = k_BGTD[:, :, :slots], v_BGTD[:, :, :slots]
-        out_BHTD = attend(q_BHTD, k_BGTD.to(q_BHTD.dtype), v_BGTD.to(q_BHTD.dtype), visible)
+        out_BHTD = attend(q_BHTD, k_BGTD, v_BGTD, visible)
         out_BTC: Tensor = self.o_proj(out_BHTD.transpose(1, 2).reshape(B, T, -1))
         return out_BTC
 
@@ -153,24 +141,18 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], visible: Tensor, past: Past | None
-    ) -> Tensor:
+    def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], visible: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), rope, visible, past)
+        x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), rope, visible)
         out_BTC: Tensor = x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
         return out_BTC
-
-
-# The cache, the positions of the new tokens, and how many slots are in use after them.
-Past = tuple[KVCache, Tensor, int]
 
 
 class Trunk(nn.Module):
@@ -179,7 +161,7 @@ class Trunk(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([Block(config, i) for i in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([Block(config) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -216,37 +198,26 @@ class CausalLM(nn.Module):
         """Weights, tied ones counted once."""
         return sum(p.numel() for p in self.parameters())
 
-    def hidden(
-        self,
-        input_ids_BT: Tensor,
-        positions_BT: Tensor,
-        visible: Tensor,
-        past: Past | None = None,
-        lengths_B: Tensor | None = None,
-    ) -> Tensor:
-        """The trunk's output (B, T, C). `visible` says which keys may be seen but for the layers' windows;
-        for `lengths_B` see `rotary_angles`."""
+    def hidden(self, input_ids_BT: Tensor, positions_BT: Tensor, visible: Tensor) -> Tensor:
+        """The trunk's output (B, T, C). `visible` says which keys may be seen but for the layers' windows."""
         x_BTC = self.model.embed_tokens(input_ids_BT)
-        rope = rotary_angles(self.config, positions_BT, lengths_B)
-        near = self._within_window(positions_BT, visible, past)
+        rope = rotary_angles(self.config, positions_BT)
+        near = self._within_window(positions_BT, visible)
         for layer, block in enumerate(self.model.layers):
             seen = visible if self.config.window(layer) is None else near
-            if self.checkpoint_activations and past is None and torch.is_grad_enabled():
-                x_BTC = checkpoint(
-                    block, x_BTC, rope, seen, past, use_reentrant=False, preserve_rng_state=False
-                )
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x_BTC = checkpoint(block, x_BTC, rope, seen, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BTC = block(x_BTC, rope, seen, past)
+                x_BTC = block(x_BTC, rope, seen)
         out: Tensor = self.model.norm(x_BTC)
         return out
 
-    def _within_window(self, positions_BT: Tensor, visible: Tensor, past: Past | None) -> Tensor:
+    def _within_window(self, positions_BT: Tensor, visible: Tensor) -> Tensor:
         """`visible` without the keys that are too far back for a layer with a window."""
         window = self.config.sliding_window
         if window is None or visible.shape[-1] <= window:
             return visible
-        keys_BS = positions_BT if past is None else torch.arange(past[2], device=positions_BT.device)[None]
-        return visible & (keys_BS[:, None, :] > positions_BT[:, :, None] - window)[:, None]
+        return visible & (positions_BT[:, None, :] > positions_BT[:, :, None] - window)[:, None]
 
     def forward(self, input_ids_BT: Tensor, segment_ids_BT: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of whole rows, read as `hidden_rows` does."""
@@ -265,34 +236,3 @@ class CausalLM(nn.Module):
             starts = F.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], (1, 0), value=True)
             positions_BT = index_T[None] - torch.where(starts, index_T[None], 0).cummax(dim=1).values
         return self.hidden(input_ids_BT, positions_BT, visible)
-
-    def new_cache(self, batch: int, slots: int, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty cache for `batch` sequences of up to `slots` tokens."""
-        weight = self.model.embed_tokens.weight
-        return KVCache(self.config, batch, slots, dtype or weight.dtype, weight.device)
-
-    def extend(self, input_ids_BT: Tensor, new_lengths_B: Tensor, cache: KVCache) -> Tensor:
-        """Read up to T new tokens a row behind what the cache holds; rows are right-padded, row b has
-        `new_lengths_B[b]` of them. Returns the trunk's output (B, T, C); pads' outputs mean nothing."""
-        T = input_ids_BT.shape[1]
-        positions_BT = cache.lengths_B[:, None] + torch.arange(T, device=input_ids_BT.device)
-        positions_BT = positions_BT.clamp(max=cache.slots)
-        slots = int(cache.lengths_B.max()) + T
-        slots = min(slots, cache.slots)
-        visible = torch.arange(slots, device=input_ids_BT.device) <= positions_BT[:, :, None]
-        lengths_B = cache.lengths_B + new_lengths_B
-        past = (cache, positions_BT, slots)
-        hidden_BTC = self.hidden(input_ids_BT, positions_BT, visible[:, None], past, lengths_B)
-        cache.lengths_B = lengths_B
-        return hidden_BTC
-
-    def prefill(self, input_ids_BT: Tensor, lengths_B: Tensor, cache: KVCache) -> Tensor:
-        """Read prompts (right-padded, `lengths_B` >= 1); logits (B, V) after each row's last token."""
-        hidden_BTC = self.extend(input_ids_BT, lengths_B, cache)
-        rows = torch.arange(hidden_BTC.shape[0], device=hidden_BTC.device)
-        logits_BV: Tensor = self.lm_head(hidden_BTC[rows, lengths_B - 1])
-        return logits_BV
-
-    def step(self, input_ids_B: Tensor, cache: KVCache) -> Tensor:
-        """Read one token a row; logits (B, V) of the next."""
-        return self.prefill(input_ids_B[:, None], torch.ones_like(input_ids_B), cache)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fledge.data.comparisons import encode_completion
+from fledge.device import autocast
 from fledge.errors import UserError
 from fledge.files import read_json
 from fledge.model.checkpoint import load_reward_model, save_model
@@ -38,7 +39,7 @@ def score_rows(
         part, order = order[:count], order[count:]
         ids = pad_rows([rows[i] for i in part], 0).to(device)
         last = torch.tensor([len(rows[i]) - 1 for i in part], device=device)
-        with torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32):
+        with autocast(device, compute_dtype):
             found = model(ids, last)
         for i, reward in zip(part, found.tolist(), strict=True):
             rewards[i] = reward

@@ -17,20 +17,18 @@ from fledge.data.preference_rows import Preferences, read_judged, read_pairs, st
 from fledge.device import ComputeName, DeviceName, pick_compute_dtype, pick_device
 from fledge.errors import UserError
 from fledge.files import new_directory, sha256, write_json
-from fledge.model.checkpoint import load_model, save_model
+from fledge.model.checkpoint import load_model
 from fledge.model.transformer import CausalLM
 from fledge.run import Run, lineage
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.tokenizer.chat import gives_loss_mask
-from fledge.train.comparisons import steps_of
+from fledge.train.comparisons import Plan, memory_line, steps_of
 from fledge.train.dpo import (
     Objective,
-    Plan,
     Reference,
     cached_reference,
     fingerprint_of,
     held_out_figures,
-    memory_line,
     preference_steps,
     reference_of,
     scoring_of,
@@ -39,6 +37,7 @@ from fledge.train.dpo_losses import WITHOUT_REFERENCE, LossName
 from fledge.train.loop import FitConfig, Metrics, fit
 from fledge.train.optim import make_optimizers
 from fledge.train.progress import say
+from fledge.train.saving import save_assistant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +117,12 @@ def main(config: Config) -> None:
     plan = Plan(config.batch_prompts, config.micro_batch_tokens, config.epochs, config.seed)
     fit_config = _fit_config(config, len(train), dtype)
     optimizers = make_optimizers(model, "adamw", 1.0, config.adam_lr, config.weight_decay)
-    memory = memory_line(model, [*train, *held], plan, dtype, config.checkpoint_activations)
+    memory = memory_line(
+        model, [*train, *held], config.micro_batch_tokens, dtype, config.checkpoint_activations
+    )
     weights = sha256(sorted(config.model.glob("*.safetensors")))
-    inputs = {"the data": sha256(config.data), "the tokenizer": tokenizer.fingerprint()}
+    hashes = [sha256([path]) for path in config.data]
+    inputs = {"the data": " ".join(hashes), "the tokenizer": tokenizer.fingerprint()}
     run.begin({**inputs, "the model": weights})
     _print_plan(console, config, model, found, (train, held), fit_config, memory)
 
@@ -133,21 +135,18 @@ def main(config: Config) -> None:
         path = run.directory / "reference.json"
         reference = cached_reference(path, fingerprint, [*train, *held], compute)
 
-    ends = [token_id for token_id in (tokenizer.end_of_turn_id, tokenizer.eos_id) if token_id is not None]
-    data = {path.name: sha256([path]) for path in config.data}
-
-    def write_model(directory: Path, tokens: int) -> None:
-        origin = lineage("dpo", config, config.model, data, tokenizer.fingerprint(), tokens)
-        save_model(directory, model, tokenizer, origin, list(dict.fromkeys(ends)))
+    data = {path.name: content for path, content in zip(config.data, hashes, strict=True)}
+    origin = lineage("dpo", config, config.model, data, tokenizer.fingerprint(), 0)
+    write = partial(save_assistant, model=model, tokenizer=tokenizer, origin=origin, base=config.model)
 
     def evaluate(_step: int) -> Metrics:
         return held_out_figures(scoring, objective, reference, plan, held)
 
     steps = preference_steps(scoring, objective, reference, plan, train)
     measure = evaluate if held else None
-    done = fit(model, optimizers, steps, objective.loss, fit_config, run, write_model, measure)
+    done = fit(model, optimizers, steps, objective.loss, fit_config, run, write, measure)
     with new_directory(run.model, overwrite=True) as directory:
-        write_model(directory, done["tokens"])
+        write(directory, done["tokens"])
     write_json(run.directory / "summary.json", _summary(model, run, done, found, train, held))
     say(console, f"the aligned model is {run.model}; talk with it: fledge chat --model {run.model}")
 
@@ -222,14 +221,10 @@ def _objective(
 
 
 def _fit_config(config: Config, prompts: int, dtype: torch.dtype) -> FitConfig:
-    return FitConfig(
+    return FitConfig.of(
+        config,
         label="dpo",
         total_steps=steps_of(prompts, config.batch_prompts, config.epochs),
-        warmup_steps=config.warmup_steps,
-        decay_share=config.decay_share,
-        max_spike=config.max_spike,
-        evaluations=config.evaluations,
-        keep_checkpoints=config.keep_checkpoints,
         compute_dtype=dtype,
         validation_unit=f"({config.loss} loss)",
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from dataclasses import replace as with_values
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,17 +12,10 @@ from rich.console import Console
 
 from fledge.config import check_at_least, to_toml
 from fledge.data.accounts import Account, accounts
-from fledge.data.mixture import (
-    MixtureSource,
-    Packing,
-    check_size,
-    load_sources,
-    mix,
-    tokenise_sources,
-)
+from fledge.data.mixture import MixtureSource, Packing, check_size, load_sources, mix, tokenise_sources
 from fledge.data.sources import BadLines
 from fledge.data.tables import account_table, plan_table
-from fledge.device import ComputeName, DeviceName, can_compile, pick_compute_dtype, pick_device
+from fledge.device import ComputeName, DeviceName, pick_compile, pick_compute_dtype, pick_device
 from fledge.engine.engine import Engine
 from fledge.errors import UserError
 from fledge.evals.bits import bits_per_byte
@@ -34,10 +27,10 @@ from fledge.run import Run, lineage
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.train.loop import FitConfig, Metrics, fit, row_steps
 from fledge.train.losses import next_token_loss
-from fledge.train.memory import Setup, check_memory, free_bytes, resident_bytes
+from fledge.train.memory import Setup, check_memory_here
 from fledge.train.optim import OptimizerName, make_optimizers
 from fledge.train.progress import reading_progress, say
-from fledge.train.recipe import Recipe, intermediate_size_for, model_config, parse_count, recipe_for
+from fledge.train.recipe import Recipe, adapted, model_config, parse_count, recipe_for
 from fledge.types import SamplingParams
 
 
@@ -123,7 +116,7 @@ def main(config: Config) -> None:
     _check(config)
     tokenizer = Tokenizer.load(config.tokenizer)
     named = load_sources(config.data, config.weights)
-    run = Run.open(config.out, to_toml(with_values(config, overwrite=False)), config.overwrite)
+    run = Run.open(config.out, to_toml(replace(config, overwrite=False)), config.overwrite)
     if run.finished:
         say(console, f"{config.out}: finished already; the model is {run.model}")
         return
@@ -155,21 +148,13 @@ def main(config: Config) -> None:
     _print_plan(console, config, recipe, model, fit_config, memory)
     rows = recipe.batch_tokens // config.row_tokens
     steps = row_steps(mixture.rows, rows, max(1, config.micro_batch_tokens // config.row_tokens))
-    validation = {source.name: source.validation(tokenizer) for source in sources}
 
     def write_model(directory: Path, tokens: int) -> None:
         origin = lineage("pretrain", config, None, data, tokenizer.fingerprint(), tokens)
         save_model(directory, model, tokenizer, origin, [tokenizer.eos_id])
 
-    def evaluate(step: int) -> Metrics:
-        engine = Engine(model, [tokenizer.eos_id], compute_dtype=fit_config.compute_dtype)
-        figures = _bits(validation, engine, tokenizer, config.row_tokens)
-        for prompt, ids in zip(config.prompts, prompts, strict=True):
-            made = engine.generate([ids], SamplingParams(temperature=0.0, max_tokens=48))[0]
-            run.log("samples", {"step": step, "prompt": prompt, "text": tokenizer.decode(made.ids)})
-        mean = sum(figures[source.name] * source.share for source in sources)
-        return {"validation": mean, **{f"validation/{name}": value for name, value in figures.items()}}
-
+    engine = Engine(model, [tokenizer.eos_id], compute_dtype=fit_config.compute_dtype)
+    evaluate = _evaluation(config, run, engine, tokenizer, prompts, sources)
     done = fit(model, optimizers, steps, next_token_loss, fit_config, run, write_model, evaluate)
     with new_directory(run.model, overwrite=True) as directory:
         write_model(directory, done["tokens"])
@@ -177,6 +162,32 @@ def main(config: Config) -> None:
     write_json(run.directory / "summary.json", _summary(run, model, done, read))
     console.print(account_table(read))
     say(console, f"the base model is {run.model}")
+
+
+def _evaluation(
+    config: Config,
+    run: Run,
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    sources: list[MixtureSource],
+) -> Callable[[int], Metrics]:
+    """Bits per byte on what each source holds out, and their mean; what the prompts become is logged."""
+    validation = {source.name: source.validation(tokenizer) for source in sources}
+    separator, special = tokenizer.eos_id, tokenizer.special_ids
+
+    def evaluate(step: int) -> Metrics:
+        figures = {
+            name: bits_per_byte(engine, ids, text_bytes, separator, special, config.row_tokens)
+            for name, (ids, text_bytes) in validation.items()
+        }
+        for prompt, ids in zip(config.prompts, prompts, strict=True):
+            made = engine.generate([ids], SamplingParams(temperature=0.0, max_tokens=48))[0]
+            run.log("samples", {"step": step, "prompt": prompt, "text": tokenizer.decode(made.ids)})
+        mean = sum(figures[source.name] * source.share for source in sources)
+        return {"validation": mean, **{f"validation/{name}": value for name, value in figures.items()}}
+
+    return evaluate
 
 
 def _within_maxima(
@@ -187,10 +198,10 @@ def _within_maxima(
     batch, steps = recipe.batch_tokens, fit_config.total_steps
     most = check_size(sources, batch, None)
     if most is not None:
-        fit_config = with_values(fit_config, most_steps=max(1, most // batch))
+        fit_config = replace(fit_config, most_steps=max(1, most // batch))
         if steps is not None and recipe.tokens < most + batch:
             steps = max(1, min(steps, most // batch))
-            fit_config = with_values(fit_config, total_steps=steps)
+            fit_config = replace(fit_config, total_steps=steps)
     return fit_config, steps and steps * batch
 
 
@@ -203,17 +214,6 @@ def _summary(run: Run, model: CausalLM, done: dict[str, Any], read: dict[str, Ac
         "bits_per_byte": {name: last[f"validation/{name}"] for name in read},
         "epochs": {name: account.epochs for name, account in read.items()},
         "sources": {name: asdict(account) for name, account in read.items()},
-    }
-
-
-def _bits(
-    validation: dict[str, tuple[list[list[int]], int]], engine: Engine, tokenizer: Tokenizer, window: int
-) -> dict[str, float]:
-    """Bits per byte on what is held out of each source."""
-    special = tokenizer.special_ids
-    return {
-        name: bits_per_byte(engine, ids, text_bytes, tokenizer.eos_id, special, window)
-        for name, (ids, text_bytes) in validation.items()
     }
 
 
@@ -239,44 +239,27 @@ def _check(config: Config) -> None:
 
 
 def _recipe(config: Config, vocab_size: int) -> Recipe:
-    recipe = recipe_for(parse_count(config.params, "params"), vocab_size)
-    chosen: dict[str, Any] = {}
-    if config.hidden_size:
-        heads = config.hidden_size // 64
-        chosen = {"hidden_size": config.hidden_size, "heads": heads, "key_value_heads": heads}
-        chosen["intermediate_size"] = intermediate_size_for(config.hidden_size)
-    overrides: dict[str, Any] = {
-        "layers": config.layers,
-        "batch_tokens": config.batch_tokens,
-        "matrix_lr": config.matrix_lr,
-        "adam_lr": config.adam_lr,
-        "tokens": parse_count(config.tokens, "tokens") if config.tokens else None,
-    }
-    chosen.update({name: value for name, value in overrides.items() if value is not None})
-    recipe = with_values(recipe, **chosen)
-    return with_values(
-        recipe, batch_tokens=max(1, recipe.batch_tokens // config.row_tokens) * config.row_tokens
+    return adapted(
+        recipe_for(parse_count(config.params, "params"), vocab_size),
+        config.row_tokens,
+        config.hidden_size,
+        layers=config.layers,
+        batch_tokens=config.batch_tokens,
+        matrix_lr=config.matrix_lr,
+        adam_lr=config.adam_lr,
+        tokens=parse_count(config.tokens, "tokens") if config.tokens else None,
     )
 
 
 def _fit_config(config: Config, recipe: Recipe, device: torch.device) -> FitConfig:
-    # Starting the compiler takes up to half a minute; shorter runs are over sooner without it.
-    long = (
-        config.minutes > 2
-        if config.minutes
-        else recipe.tokens * 6 * parse_count(config.params, "params") > 2e13
-    )
-    return FitConfig(
+    operations = recipe.tokens * 6 * parse_count(config.params, "params")
+    return FitConfig.of(
+        config,
         label="pretrain",
         total_steps=None if config.minutes else max(1, round(recipe.tokens / recipe.batch_tokens)),
         minutes=config.minutes,
-        warmup_steps=config.warmup_steps,
-        decay_share=config.decay_share,
-        max_spike=config.max_spike,
-        evaluations=config.evaluations,
-        keep_checkpoints=config.keep_checkpoints,
         compute_dtype=pick_compute_dtype(device, config.compute),
-        compile=config.compile == "yes" or (config.compile == "auto" and long and can_compile()[0]),
+        compile=pick_compile(config.compile, config.minutes, operations),
     )
 
 
@@ -284,7 +267,7 @@ def _check_memory(
     config: Config, vocab_size: int, recipe: Recipe, fit_config: FitConfig, device: torch.device
 ) -> str:
     def sized(params: int) -> ModelConfig:
-        other = _recipe(with_values(config, params=str(params)), vocab_size)
+        other = _recipe(replace(config, params=str(params)), vocab_size)
         return model_config(other, config.model_type, vocab_size, config.context)
 
     setup = Setup(
@@ -299,24 +282,15 @@ def _check_memory(
         on_cpu=device.type == "cpu",
     )
     shape = model_config(recipe, config.model_type, vocab_size, config.context)
-    held, free = resident_bytes(device), free_bytes(device)
-    return check_memory(shape, setup, held, None if free is None else held + free, sized)
+    return check_memory_here(shape, setup, device, smaller=sized)
 
 
 def _print_plan(
-    console: Console,
-    config: Config,
-    recipe: Recipe,
-    model: CausalLM,
-    fit_config: FitConfig,
-    memory: str,
+    console: Console, config: Config, recipe: Recipe, model: CausalLM, fit_config: FitConfig, memory: str
 ) -> None:
-    planned = None if fit_config.total_steps is None else fit_config.total_steps * recipe.batch_tokens
-    length = (
-        f"{config.minutes} minutes"
-        if planned is None
-        else f"{planned:,} tokens, {fit_config.total_steps:,} steps"
-    )
+    length, steps = f"{config.minutes} minutes", fit_config.total_steps
+    if steps is not None:
+        length = f"{steps * recipe.batch_tokens:,} tokens, {steps:,} steps"
     console.print(
         f"{model.num_parameters():,} parameters: {recipe.layers} layers of width {recipe.hidden_size}, "
         f"{recipe.heads} heads, MLP {recipe.intermediate_size}, vocabulary {model.config.vocab_size:,}\n"

@@ -38,7 +38,7 @@ from fledge.report.reward import write_reward_report
 from fledge.rewards.reward_model import save_reward_model, score_rows
 from fledge.run import Run, lineage
 from fledge.tokenizer.bpe import Tokenizer
-from fledge.train.comparisons import comparison_steps, held_out_figures, memory_line, steps_of
+from fledge.train.comparisons import Plan, held_out_figures, memory_line, reward_steps, steps_of
 from fledge.train.loop import FitConfig, Metrics, fit
 from fledge.train.optim import make_optimizers
 from fledge.train.preference_losses import preference_loss
@@ -122,7 +122,8 @@ def main(config: Config) -> None:
     found = _read(config, tokenizer, most)
     split = split_by_prompt(found.prompts, config.validation_share)
     reference = _reference(config, tokenizer, split[0], most)
-    inputs = {"the data": sha256(config.data), "the tokenizer": tokenizer.fingerprint()}
+    hashes = [sha256([path]) for path in config.data]
+    inputs = {"the data": " ".join(hashes), "the tokenizer": tokenizer.fingerprint()}
     inputs["the model"] = sha256(sorted(config.model.glob("*.safetensors")))
     if config.reference:
         inputs["the reference"] = sha256([config.reference])
@@ -132,8 +133,8 @@ def main(config: Config) -> None:
     run.begin(inputs)
     _print_plan(console, config, model, found, split, fit_config, memory)
 
-    fingerprints = {path.name: sha256([path]) for path in config.data}
-    origin = lineage("reward", config, config.model, fingerprints, tokenizer.fingerprint(), 0)
+    data = {path.name: content for path, content in zip(config.data, hashes, strict=True)}
+    origin = lineage("reward", config, config.model, data, tokenizer.fingerprint(), 0)
     write = _writer(config, tokenizer, origin)
     done = _train(config, model, optimizers, split, fit_config, run, write)
 
@@ -231,8 +232,8 @@ def _train(
     def evaluate(_step: int) -> Metrics:
         return held_out_figures(model, split[1], fit_config.compute_dtype, config.micro_batch_tokens)
 
-    sizes = (config.batch_prompts, config.micro_batch_tokens)
-    steps = comparison_steps(split[0], *sizes, config.epochs, config.seed)
+    plan = Plan(config.batch_prompts, config.micro_batch_tokens, config.epochs, config.seed)
+    steps = reward_steps(plan, split[0])
     loss = partial(preference_loss, centring=config.centring)
     measure = evaluate if split[1] else None
     read = read_weights if config.lora_rank is None else read_adapter
@@ -267,14 +268,10 @@ def _controls(
 
 
 def _fit_config(config: Config, prompts: int, dtype: torch.dtype) -> FitConfig:
-    return FitConfig(
+    return FitConfig.of(
+        config,
         label="reward",
         total_steps=steps_of(prompts, config.batch_prompts, config.epochs),
-        warmup_steps=config.warmup_steps,
-        decay_share=config.decay_share,
-        max_spike=config.max_spike,
-        evaluations=config.evaluations,
-        keep_checkpoints=config.keep_checkpoints,
         compute_dtype=dtype,
         validation_unit="nats per comparison",
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -14,22 +15,23 @@ from rich.console import Console
 from fledge.config import check_at_least, to_toml
 from fledge.data.conversations import EncodedConversations, read_conversations, split_conversations
 from fledge.data.packing import ConversationRows
-from fledge.device import ComputeName, DeviceName, can_compile, pick_compute_dtype, pick_device
+from fledge.device import ComputeName, DeviceName, pick_compile, pick_compute_dtype, pick_device
 from fledge.errors import UserError
 from fledge.files import new_directory, sha256, write_json
-from fledge.model.checkpoint import load_model, read_weights, save_model
+from fledge.model.checkpoint import load_model, read_weights
 from fledge.model.embeddings import add_token_rows
-from fledge.model.lora import TARGETS, add_lora, lora_of, parameter_line, read_adapter, save_adapter
+from fledge.model.lora import TARGETS, add_lora, lora_of, parameter_line, read_adapter
 from fledge.model.transformer import CausalLM
 from fledge.rewards.best_of import sample_best
 from fledge.run import Run, lineage
 from fledge.tokenizer.adapt import ChatTokenizer, fit_for_chats
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.train.loop import FitConfig, Metrics, fit, row_steps
-from fledge.train.losses import forward_of, next_token_loss
-from fledge.train.memory import Setup, check_memory, free_bytes, resident_bytes
+from fledge.train.losses import mean_loss, next_token_loss
+from fledge.train.memory import Setup, check_memory_here, trained_share
 from fledge.train.optim import OptimizerName, make_optimizers
 from fledge.train.progress import say
+from fledge.train.saving import save_assistant
 from fledge.types import SamplingParams
 
 
@@ -119,18 +121,13 @@ def main(config: Config) -> None:
     if lora is not None:
         add_lora(model, lora, torch.Generator().manual_seed(config.seed))
     row_tokens = _row_tokens(config, model)
-    inputs = partial(_inputs, config, tokenizer)
-    data, best_of = config.data, None
-    if config.from_best_of is not None and config.reward_model is not None:
-        params = SamplingParams(max_tokens=config.completion_tokens, seed=config.seed, n=config.from_best_of)
-        directories = (config.model, config.reward_model)
-        data, best_of = sample_best(data, *directories, params, run, inputs, device, console)
+    inputs = cache(partial(_inputs, config, tokenizer))
+    data, best_of = _data(config, run, inputs, device, console)
     chats = read_conversations(data, tokenizer, row_tokens + 1, config.cut_overlong)
     train, validation = split_conversations(chats, config.validation_share)
     rows = ConversationRows(*train, row_tokens, tokenizer.eos_id, config.seed)
     held = ConversationRows(*validation, row_tokens, tokenizer.eos_id, 0) if validation[0] else None
     batch_rows = max(1, config.batch_tokens // row_tokens)
-    steps = row_steps(rows.rows, batch_rows, max(1, config.micro_batch_tokens // row_tokens))
     fit_config = _fit_config(config, model, rows, batch_rows, device)
     memory = _check_memory(config, model, batch_rows, row_tokens, fit_config)
     model.checkpoint_activations = config.checkpoint_activations
@@ -140,68 +137,57 @@ def main(config: Config) -> None:
         run.begin(inputs())
     _print_plan(console, config, model, chats, len(train[0]), rows, fit_config, memory)
 
-    fingerprint = sha256([config.data])
-    ends = [token_id for token_id in (tokenizer.end_of_turn_id, tokenizer.eos_id) if token_id is not None]
-
-    def write_model(directory: Path, tokens: int) -> None:
-        read = {config.data.name: fingerprint}
-        origin = lineage("sft", config, config.model, read, tokenizer.fingerprint(), tokens)
-        if lora is None:
-            save_model(directory, model, tokenizer, origin, list(dict.fromkeys(ends)))
-            return
-        save_adapter(directory, model, lora, config.model, tokenizer, origin)
-
-    def evaluate(_step: int) -> Metrics:
-        assert held is not None
-        return {"validation": validation_loss(model, held, fit_config.compute_dtype)}
-
-    measure = evaluate if held else None
-    read_model = read_weights if lora is None else read_adapter
-    done = fit(
-        model,
-        optimizers,
-        steps,
-        next_token_loss,
-        fit_config,
-        run,
-        write_model,
-        measure,
-        read_model=read_model,
+    fingerprints = {config.data.name: inputs()["the data"]}
+    origin = lineage("sft", config, config.model, fingerprints, tokenizer.fingerprint(), 0)
+    write = partial(
+        save_assistant, model=model, tokenizer=tokenizer, origin=origin, base=config.model, lora=lora
     )
+    steps = row_steps(rows.rows, batch_rows, max(1, config.micro_batch_tokens // row_tokens))
+    evaluate = partial(_evaluate, model, held, fit_config.compute_dtype) if held else None
+    read = read_weights if lora is None else read_adapter
+    done = fit(model, optimizers, steps, next_token_loss, fit_config, run, write, evaluate, read_model=read)
     with new_directory(run.model, overwrite=True) as directory:
-        write_model(directory, done["tokens"])
+        write(directory, done["tokens"])
+    epochs = round(done["steps"] * batch_rows / rows.epoch_rows(0), 3)
+    summary = _summary(model, run, done, chats, len(train[0]), epochs)
+    write_json(run.directory / "summary.json", {**summary, **({"best_of": best_of} if best_of else {})})
+    what, verb = ("assistant", "chat") if lora is None else ("adapter", "merge")
+    say(console, f"the {what} is {run.model}: fledge {verb} --model {run.model}")
+
+
+def _data(
+    config: Config, run: Run, inputs: Callable[[], dict[str, str]], device: torch.device, console: Console
+) -> tuple[Path, dict[str, Any] | None]:
+    """The conversations to learn from: the given ones, or the best of the model's own; and what is known of
+    those. Making these begins the run."""
+    if config.from_best_of is None or config.reward_model is None:
+        return config.data, None
+    params = SamplingParams(max_tokens=config.completion_tokens, seed=config.seed, n=config.from_best_of)
+    return sample_best(config.data, config.model, config.reward_model, params, run, inputs, device, console)
+
+
+def _evaluate(model: CausalLM, held: ConversationRows, compute_dtype: torch.dtype, _step: int) -> Metrics:
+    """Nats per token of the assistant over all held-out conversations."""
+    total = held.epoch_rows(0)
+    batches = (held.rows(first, min(8, total - first)) for first in range(0, total, 8))
+    return {"validation": mean_loss(model, batches, compute_dtype)}
+
+
+def _summary(
+    model: CausalLM, run: Run, done: dict[str, Any], chats: EncodedConversations, training: int, epochs: float
+) -> dict[str, Any]:
     losses = [row["validation"] for row in run.rows("metrics") if "validation" in row]
-    summary = {
+    return {
         "stage": "sft",
         "parameters": model.num_parameters(),
         **done,
-        "conversations": len(train[0]),
-        "held_out": len(validation[0]),
+        "conversations": training,
+        "held_out": len(chats.ids) - training,
         "overlong": chats.overlong,
         "without_targets": chats.without_targets,
-        "epochs": round(done["steps"] * batch_rows / rows.epoch_rows(0), 3),
+        "epochs": epochs,
         "validation_nats_per_token": losses[-1] if losses else None,
-        **({"best_of": best_of} if best_of else {}),
     }
-    write_json(run.directory / "summary.json", summary)
-    verb = "chat" if lora is None else "merge"
-    say(
-        console,
-        f"the {'assistant' if lora is None else 'adapter'} is {run.model}: fledge {verb} --model {run.model}",
-    )
-
-
-@torch.no_grad()
-def validation_loss(model: CausalLM, rows: ConversationRows, compute_dtype: torch.dtype) -> float:
-    """Nats per token of the assistant over all held-out conversations."""
-    device = model.model.embed_tokens.weight.device
-    total, tokens, forward = torch.zeros((), device=device), 0, forward_of(model)
-    for first in range(0, rows.epoch_rows(0), 8):
-        batch = rows.rows(first, min(8, rows.epoch_rows(0) - first)).to(device)
-        with torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32):
-            total += next_token_loss(forward, batch)["loss"].sum
-        tokens += batch.denominators()["tokens"]
-    return float(total) / tokens
 
 
 def _check(config: Config) -> None:
@@ -254,20 +240,14 @@ def _fit_config(
 ) -> FitConfig:
     epochs = config.epochs or 1.0
     total = None if config.minutes else max(1, round(epochs * rows.epoch_rows(0) / batch_rows))
-    # Starting the compiler takes up to half a minute; shorter runs are over sooner without it.
-    work = 6 * model.num_parameters() * (total or 0) * batch_rows * rows.row_tokens
-    long = config.minutes > 2 if config.minutes else work > 2e13
-    return FitConfig(
+    operations = 6 * model.num_parameters() * (total or 0) * batch_rows * rows.row_tokens
+    return FitConfig.of(
+        config,
         label="sft",
         total_steps=total,
         minutes=config.minutes,
-        warmup_steps=config.warmup_steps,
-        decay_share=config.decay_share,
-        max_spike=config.max_spike,
-        evaluations=config.evaluations,
-        keep_checkpoints=config.keep_checkpoints,
         compute_dtype=pick_compute_dtype(device, config.compute),
-        compile=config.compile == "yes" or (config.compile == "auto" and long and can_compile()[0]),
+        compile=pick_compile(config.compile, config.minutes, operations),
         validation_unit="nats per token of the assistant",
     )
 
@@ -286,11 +266,9 @@ def _check_memory(
         checkpointed=config.checkpoint_activations,
         accumulates=micro_rows < batch_rows,
         on_cpu=device.type == "cpu",
-        trained_share=sum(p.numel() for p in model.parameters() if p.requires_grad) / model.num_parameters(),
+        trained_share=trained_share(model),
     )
-    held, free = resident_bytes(device), free_bytes(device)
-    rest = max(0.0, held - 4 * model.num_parameters())
-    return check_memory(model.config, setup, rest, None if free is None else held + free)
+    return check_memory_here(model.config, setup, device, model.num_parameters())
 
 
 def _print_plan(

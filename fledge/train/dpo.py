@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fledge.data.comparisons import Comparison, in_batches
 from fledge.data.preference_rows import Logps, judged_batches, pair_batch, rows_of
+from fledge.device import autocast
 from fledge.files import read_json, write_json
 from fledge.model.transformer import CausalLM
-from fledge.train.comparisons import steps_of
+from fledge.train.comparisons import Plan, comparison_steps
 from fledge.train.dpo_losses import (
     WITHOUT_REFERENCE,
     LossName,
@@ -26,33 +26,8 @@ from fledge.train.dpo_losses import (
     row_logps,
     shared_kl,
 )
-from fledge.train.loop import Metrics, MicroBatch, Step, Steps
+from fledge.train.loop import Metrics, MicroBatch, Steps
 from fledge.train.losses import Forward, Term, forward_of
-from fledge.train.memory import Setup, check_memory, free_bytes, resident_bytes
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which prompts are in which step and micro-batch."""
-
-    batch_prompts: int
-    micro_tokens: int
-    epochs: float
-    seed: int
-
-    def steps(self, prompts: Sequence[Comparison], first: int = 0) -> Iterator[list[list[Comparison]]]:
-        """The micro-batches of each step from `first` on: whole prompts, in another order each epoch. The
-        last step has what is left."""
-        total = max(1, round(self.epochs * len(prompts)))
-        for step in range(first, steps_of(len(prompts), self.batch_prompts, self.epochs)):
-            begin = step * self.batch_prompts
-            places = [divmod(i, len(prompts)) for i in range(begin, min(begin + self.batch_prompts, total))]
-            orders = {
-                epoch: np.random.default_rng([self.seed, epoch]).permutation(len(prompts))
-                for epoch, _ in places
-            }
-            chosen = [prompts[orders[epoch][i]] for epoch, i in places]
-            yield list(in_batches(chosen, self.micro_tokens))
 
 
 @dataclass(frozen=True)
@@ -107,7 +82,7 @@ class Scoring:
     def logps(self, part: Sequence[Comparison]) -> list[list[float]]:
         """Of a micro-batch: for each prompt the log-probabilities of its completions."""
         input_ids, loss_mask = (tensor.to(self.device) for tensor in rows_of(part))
-        with _cast(self.device, self.compute_dtype):
+        with autocast(self.device, self.compute_dtype):
             found = iter(row_logps(self.forward, input_ids, loss_mask).tolist())
         return [[next(found) for _ in prompt.ids] for prompt in part]
 
@@ -115,10 +90,6 @@ class Scoring:
 def scoring_of(model: CausalLM, compute_dtype: torch.dtype) -> Scoring:
     """The forward pass that `fit` uses for this model."""
     return Scoring(forward_of(model), model.model.embed_tokens.weight.device, compute_dtype)
-
-
-def _cast(device: torch.device, compute_dtype: torch.dtype) -> torch.autocast:
-    return torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
 
 
 def reference_of(
@@ -205,13 +176,10 @@ def preference_steps(
 ) -> Steps:
     """The plan's steps, for `fit`."""
 
-    def steps(
-        first: int, _state: dict[str, Any], _metrics: Metrics | None
-    ) -> Generator[Step, Metrics | None, None]:
-        for parts in plan.steps(prompts, first):
-            yield Step(preference_batches(scoring, objective, reference, parts, plan.micro_tokens))
+    def batches(parts: list[list[Comparison]]) -> Sequence[MicroBatch]:
+        return preference_batches(scoring, objective, reference, parts, plan.micro_tokens)
 
-    return steps
+    return comparison_steps(plan, prompts, batches)
 
 
 @torch.no_grad()
@@ -226,32 +194,9 @@ def held_out_figures(
     for batch in batches:
         for per, count in batch.denominators().items():
             counts[per] = counts.get(per, 0) + count
-        with _cast(scoring.device, scoring.compute_dtype):
+        with autocast(scoring.device, scoring.compute_dtype):
             terms = objective.loss(scoring.forward, batch.to(scoring.device))
         for name, term in terms.items():
             sums[name] = (sums.get(name, (0.0, ""))[0] + float(term.sum), term.per)
     figures = {f"validation_{name}": total / counts[per] for name, (total, per) in sums.items()}
     return {"validation": figures.pop("validation_loss"), **figures}
-
-
-def memory_line(
-    model: CausalLM, prompts: Sequence[Comparison], plan: Plan, compute_dtype: torch.dtype, checkpointed: bool
-) -> str:
-    """A line about what training will take; UserError if that is too much (see `check_memory`)."""
-    device = model.model.embed_tokens.weight.device
-    parts = list(in_batches(prompts, plan.micro_tokens))
-    shapes = [(sum(len(p.ids) for p in part), max(len(row) for p in part for row in p.ids)) for part in parts]
-    rows, row_tokens = max(shapes, key=lambda shape: shape[0] * shape[1])
-    setup = Setup(
-        rows=rows,
-        row_tokens=row_tokens,
-        optimizer="adamw",
-        compute_dtype=compute_dtype,
-        checkpointed=checkpointed,
-        segments=False,
-        accumulates=len(parts) > 1,
-        on_cpu=device.type == "cpu",
-    )
-    held, free = resident_bytes(device), free_bytes(device)
-    rest = max(0.0, held - 4 * model.num_parameters())
-    return check_memory(model.config, setup, rest, None if free is None else held + free)

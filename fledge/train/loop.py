@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from fledge.device import keep_freed_memory
+from fledge.config import Dataclass
+from fledge.device import autocast, keep_freed_memory
 from fledge.errors import UserError
 from fledge.files import read_json, write_json
 from fledge.model.checkpoint import read_weights
@@ -105,6 +106,12 @@ class FitConfig:
     compute_dtype: torch.dtype = torch.float32
     compile: bool = False
     validation_unit: str = "bits per byte"
+
+    @classmethod
+    def of(cls, settings: Dataclass, **own: Any) -> FitConfig:
+        """From a stage's settings: those that every stage has, by their names, and what is its `own`."""
+        common = ("warmup_steps", "decay_share", "max_spike", "evaluations", "keep_checkpoints")
+        return cls(**{name: getattr(settings, name) for name in common}, **own)
 
     def __post_init__(self) -> None:
         """Raises UserError on settings that make no sense, by the names of their flags."""
@@ -196,7 +203,7 @@ def fit(
     progress = _resume(model, optimizers, run, read_model, console := Console(stderr=True))
     plan = _Plan(config, run)
     forward = torch.compile(forward, dynamic=False) if config.compile else forward
-    cast = torch.autocast(device.type, config.compute_dtype, enabled=config.compute_dtype != torch.float32)
+    cast = autocast(device, config.compute_dtype)
     generator = steps(progress.step, progress.data, progress.metrics)
     metrics: Metrics | None = None  # a generator that has not begun takes none
     with TrainingProgress(config.label, console) as bar, _Interrupt() as interrupt:

@@ -9,7 +9,7 @@ Shape suffixes: B rows, T tokens, N tokens of all rows, C model width, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fledge.device import autocast
 from fledge.model.transformer import CausalLM
 from fledge.types import Batch
 
@@ -129,6 +130,18 @@ def forward_of(model: CausalLM) -> Forward:
         return chunked(hidden_BTC, model.lm_head.weight, targets_BT)
 
     return forward
+
+
+@torch.no_grad()
+def mean_loss(model: CausalLM, batches: Iterable[Batch], compute_dtype: torch.dtype) -> float:
+    """Nats per target over all batches."""
+    device = model.model.embed_tokens.weight.device
+    total, tokens, forward = torch.zeros((), device=device), 0, forward_of(model)
+    for batch in batches:
+        with autocast(device, compute_dtype):
+            total += next_token_loss(forward, batch.to(device))["loss"].sum
+        tokens += batch.denominators()["tokens"]
+    return float(total) / tokens
 
 
 def next_token_loss(forward: Forward, batch: Batch) -> dict[str, Term]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fledge.errors import UserError
 from fledge.model.config import ModelConfig
@@ -142,6 +143,27 @@ def check_memory(
         ways = [] if less is None else [f"--params {params / 1e6:.1f}M {_flags(setup, less)}".strip()]
     advice = f"this would fit: {', or '.join(ways)}" if ways else "take a smaller model, or shorter rows"
     raise UserError(f"training would take {need}, and there are {limit / GB:.1f} GB; {advice}")
+
+
+def check_memory_here(
+    config: ModelConfig,
+    setup: Setup,
+    device: torch.device,
+    parameters: int = 0,
+    other: float = 0.0,
+    smaller: Callable[[int], ModelConfig] | None = None,
+) -> str:
+    """`check_memory` with what this process holds and can still take. `parameters`: those of a model that is
+    made already, so that they are not counted twice; `other`: bytes that the estimate does not know of."""
+    held, free = resident_bytes(device), free_bytes(device)
+    rest = max(0.0, held - 4 * parameters) + other
+    return check_memory(config, setup, rest, None if free is None else held + free, smaller)
+
+
+def trained_share(model: nn.Module) -> float:
+    """The share of a model's weights that have gradients."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, trained in sizes if trained) / sum(size for size, _ in sizes)
 
 
 def _fewer_rows(config: ModelConfig, setup: Setup, rest: float, limit: float) -> Setup | None:

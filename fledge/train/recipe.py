@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from fledge.errors import UserError
 from fledge.model.config import ModelConfig
@@ -78,6 +79,18 @@ def recipe_for(params: int, vocab_size: int) -> Recipe:
         adam_lr=3e-3 * (256 / hidden) ** 0.5,
         tokens=TOKENS_PER_PARAMETER * params,
     )
+
+
+def adapted(recipe: Recipe, row_tokens: int, hidden_size: int | None, **chosen: float | None) -> Recipe:
+    """The recipe with other values where they are not None. A width brings its heads and MLP with it; a batch
+    is whole rows of `row_tokens`."""
+    changes: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    if hidden_size:
+        heads = hidden_size // HEAD_DIM
+        changes |= {"hidden_size": hidden_size, "heads": heads, "key_value_heads": heads}
+        changes["intermediate_size"] = intermediate_size_for(hidden_size)
+    recipe = replace(recipe, **changes)
+    return replace(recipe, batch_tokens=max(1, recipe.batch_tokens // row_tokens) * row_tokens)
 
 
 def model_config(recipe: Recipe, model_type: str, vocab_size: int, context_tokens: int) -> ModelConfig:

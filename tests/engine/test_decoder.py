@@ -1,4 +1,5 @@
-"""The decoder against the model that it was made of: each family, piece by piece, in each type of weights."""
+"""The decoder against the model that it was made of: each family, piece by piece, in each type of weights;
+and its cache: rows of different lengths, padding, copies."""
 
 from __future__ import annotations
 
@@ -15,10 +16,12 @@ from fledge.engine.decoder import Decoder
 from fledge.engine.engine import Engine
 from fledge.engine.products import product
 from fledge.errors import UserError
-from fledge.model.config import SLIDING, ModelConfig
+from fledge.model.config import FULL, SLIDING, ModelConfig
+from fledge.model.kv_cache import KVCache
 from fledge.model.lora import LoRA, add_lora
 from fledge.model.rope import RopeScaling
 from fledge.model.transformer import CausalLM
+from fledge.types import pad_rows
 
 CONFIG = ModelConfig("llama", 64, 32, 48, 2, 4, 2, 8, 64)
 CASES: dict[str, dict[str, Any]] = {
@@ -26,9 +29,13 @@ CASES: dict[str, dict[str, Any]] = {
     "biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
     "mistral": {"model_type": "mistral", "sliding_window": 7, "layer_types": (SLIDING, SLIDING)},
     "qwen2": {"model_type": "qwen2", "num_key_value_heads": 4},
-    "qwen3": {"model_type": "qwen3", "sliding_window": 5, "layer_types": ("full_attention", SLIDING)},
+    "qwen3": {"model_type": "qwen3", "sliding_window": 5, "layer_types": (FULL, SLIDING)},
     "dynamic": {"rope_scaling": RopeScaling("dynamic", 4.0), "max_position_embeddings": 16},
     "yarn": {"rope_scaling": RopeScaling("yarn", 4.0, original_max_position_embeddings=16)},
+    "windows": {
+        **{"model_type": "qwen2", "num_hidden_layers": 3, "sliding_window": 3},
+        **{"layer_types": (SLIDING, FULL, SLIDING), "rope_scaling": RopeScaling("dynamic", 2.0)},
+    },
 }
 ROWS = [torch.arange(1, 31) % 61, (torch.arange(12) * 7 + 3) % 61, torch.tensor([5])]
 
@@ -77,6 +84,99 @@ def test_scores_are_the_models(case: str, layouts: bool, monkeypatch: pytest.Mon
             index_T = torch.arange(len(row))
             hidden_TC = decoder.hidden(row[None], index_T[None], (index_T[:, None] >= index_T)[None])[0]
             torch.testing.assert_close(decoder.logits(hidden_TC), expected_TV, atol=2e-5, rtol=1e-4)
+
+
+# Prompts that a dynamic rope of 16 positions reads as any other.
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [3, 3, 4, 1]]
+LENGTHS_B = torch.tensor([len(prompt) for prompt in PROMPTS])
+
+
+def full(model: CausalLM, row: list[int]) -> torch.Tensor:
+    """The model's scores (T, V) of a row that is read whole."""
+    scores_TV: torch.Tensor = model(torch.tensor([row]))[0]
+    return scores_TV
+
+
+def read(decoder: Decoder, rows: list[list[int]], lengths_B: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """The scores (B, V) after each row's last token; what stands behind it is padding."""
+    hidden_BTC = decoder.extend(pad_rows(rows, 0), lengths_B, cache)
+    return decoder.logits(hidden_BTC[torch.arange(len(rows)), lengths_B - 1])
+
+
+def assert_close(made: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.inference_mode()
+def test_a_prompt_and_steps_equal_the_full_forward(case: str) -> None:
+    model = random_model(**CASES[case])
+    decoder = Decoder(model)
+    continuation = [[20, 21, 22, 23], [24, 25, 26, 27], [28, 29, 30, 31]]
+    cache = decoder.new_cache(len(PROMPTS), 16)
+    logits_BV = read(decoder, PROMPTS, LENGTHS_B, cache)
+    for step in range(4):
+        for b, row in enumerate(PROMPTS):
+            assert_close(logits_BV[b], full(model, row + continuation[b][:step])[-1])
+        logits_BV = decoder.step(torch.tensor([c[step] for c in continuation]), cache)
+
+
+# A dynamic rope beyond its positions turns by the length when a token was read.
+@pytest.mark.parametrize("case", [name for name in CASES if name != "dynamic"])
+@torch.inference_mode()
+def test_reading_in_pieces_equals_reading_at_once(case: str) -> None:
+    model = random_model(**CASES[case])
+    decoder = Decoder(model)
+    row = list(range(10, 30))
+    cache = decoder.new_cache(1, len(row))  # not a slot too many
+    hidden = []
+    for piece in (row[:7], row[7:8], row[8:]):
+        hidden.append(decoder.extend(torch.tensor([piece]), torch.tensor([len(piece)]), cache)[0])
+    assert_close(decoder.logits(torch.cat(hidden)), full(model, row))
+
+
+@torch.inference_mode()
+def test_a_row_of_a_batch_has_the_dynamic_rope_of_its_own_length() -> None:
+    decoder = Decoder(random_model(**CASES["dynamic"]))
+    long, short = list(range(60)), list(range(20))
+    alone_BV = read(decoder, [short], torch.tensor([20]), decoder.new_cache(1, 60))
+    batch_BV = read(decoder, [short, long], torch.tensor([20, 60]), decoder.new_cache(2, 60))
+    torch.testing.assert_close(batch_BV[0], alone_BV[0], atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
+def test_padding_past_the_end_of_the_cache_does_not_touch_its_last_slot() -> None:
+    model = random_model(**CASES["qwen3"])
+    decoder = Decoder(model)
+    long, short = list(range(10, 17)), [40, 41]
+    cache = decoder.new_cache(2, 8)
+    read(decoder, [long, short], torch.tensor([7, 2]), cache)
+    # The first row gets its last token, in the last slot, and three pads beyond it.
+    more = [[17, 0, 0, 0], [42, 43, 44, 45]]
+    logits_BV = read(decoder, more, torch.tensor([1, 4]), cache)
+    assert_close(logits_BV[0], full(model, [*long, 17])[-1])
+    assert_close(logits_BV[1], full(model, short + more[1])[-1])
+
+
+@torch.inference_mode()
+def test_cache_rows_fork_leave_and_go_back() -> None:
+    model = random_model()
+    decoder = Decoder(model)
+    cache = decoder.new_cache(len(PROMPTS), 16)
+    read(decoder, PROMPTS, LENGTHS_B, cache)
+    copy = cache.fork()
+    decoder.step(torch.tensor([60, 61, 62]), cache)  # does not reach the copy
+    decoder.step(torch.tensor([50, 51, 52]), copy)  # nor this the cache
+    logits_BV = decoder.step(torch.tensor([9, 8, 7]), cache)
+    for b, (row, token) in enumerate(zip(PROMPTS, [9, 8, 7], strict=True)):
+        assert_close(logits_BV[b], full(model, [*row, 60 + b, token])[-1])
+    cache.truncate(LENGTHS_B)
+    copy.truncate(LENGTHS_B)
+    chosen = copy.select(torch.tensor([2, 0, 2]))
+    for c, order in ((cache, [0, 1, 2]), (chosen, [2, 0, 2])):
+        logits_BV = decoder.step(torch.tensor([9, 8, 7]), c)
+        for b, (row, token) in enumerate(zip(order, [9, 8, 7], strict=True)):
+            assert_close(logits_BV[b], full(model, [*PROMPTS[row], token])[-1])
 
 
 @pytest.mark.parametrize("layouts", [True, False])

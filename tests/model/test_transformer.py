@@ -1,4 +1,4 @@
-"""The model: what its parts compute, and that caching, batching and packing change nothing."""
+"""The model: what its parts compute, and that batching and packing change nothing."""
 
 from __future__ import annotations
 
@@ -45,62 +45,6 @@ def full(model: CausalLM, row: list[int]) -> Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_prefill_and_cached_steps_equal_the_full_forward(family: str) -> None:
-    model = random_model(family)
-    continuation = [[20, 21, 22, 23], [24, 25, 26, 27], [28, 29, 30, 31]]
-    cache = model.new_cache(len(ROWS), 16)
-    logits_BV = model.prefill(pad_rows(ROWS, 0), torch.tensor([len(row) for row in ROWS]), cache)
-    for step in range(4):
-        for b, row in enumerate(ROWS):
-            expected = full(model, row + continuation[b][:step])[-1]
-            torch.testing.assert_close(logits_BV[b], expected, atol=1e-4, rtol=1e-4)
-        logits_BV = model.step(torch.tensor([c[step] for c in continuation]), cache)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_reading_in_pieces_equals_reading_at_once(family: str) -> None:
-    model = random_model(family)
-    row = list(range(10, 30))
-    cache = model.new_cache(1, len(row))  # not a slot too many
-    hidden = []
-    for piece in (row[:7], row[7:8], row[8:]):
-        hidden.append(model.extend(torch.tensor([piece]), torch.tensor([len(piece)]), cache)[0])
-    torch.testing.assert_close(model.lm_head(torch.cat(hidden)), full(model, row), atol=1e-4, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_padding_past_the_end_of_the_cache_does_not_touch_its_last_slot() -> None:
-    model = random_model("qwen3")
-    long, short = list(range(10, 17)), [40, 41]
-    cache = model.new_cache(2, 8)
-    model.prefill(pad_rows([long, short], 0), torch.tensor([7, 2]), cache)
-    # The first row gets its last token, in the last slot, and three pads beyond it.
-    more, lengths_B = [[17, 0, 0, 0], [42, 43, 44, 45]], torch.tensor([1, 4])
-    logits_BV = model.prefill(torch.tensor(more), lengths_B, cache)
-    torch.testing.assert_close(logits_BV[0], full(model, [*long, 17])[-1], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(logits_BV[1], full(model, short + more[1])[-1], atol=1e-4, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_cache_rows_fork_leave_and_go_back() -> None:
-    model = random_model("llama")
-    cache = model.new_cache(len(ROWS), 16)
-    lengths_B = torch.tensor([len(row) for row in ROWS])
-    model.prefill(pad_rows(ROWS, 0), lengths_B, cache)
-    copy = cache.fork()
-    model.step(torch.tensor([60, 61, 62]), cache)  # does not reach the copy
-    cache.truncate(lengths_B)
-    chosen = copy.select(torch.tensor([2, 0, 2]))
-    for c, order in ((cache, [0, 1, 2]), (chosen, [2, 0, 2])):
-        logits_BV = model.step(torch.tensor([9, 8, 7]), c)
-        for b, (row, token) in enumerate(zip(order, [9, 8, 7], strict=True)):
-            expected = full(model, [*ROWS[row], token])[-1]
-            torch.testing.assert_close(logits_BV[b], expected, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
 def test_packed_segments_equal_separate_rows(family: str) -> None:
     model = random_model(family)
     packed = torch.tensor([[token for row in ROWS for token in row] + [0, 0]])
@@ -142,13 +86,13 @@ def test_a_later_token_changes_no_earlier_score() -> None:
 @torch.no_grad()
 def test_both_attention_kernels_agree(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(family)
-    rows, lengths_B = pad_rows(ROWS, 0), torch.tensor([len(row) for row in ROWS])
+    longer = [[*row, b] for b, row in enumerate(ROWS, start=1)]
+    lengths_B = torch.tensor([len(row) for row in ROWS])
     results = []
     for keys in (512, 0):
         monkeypatch.setattr(transformer, "EXPLICIT_ATTENTION_KEYS", keys)
-        cache = model.new_cache(len(ROWS), 16)
-        prefilled = model.prefill(rows, lengths_B, cache)
-        results.append(torch.stack([prefilled, model.step(torch.tensor([1, 2, 3]), cache)]))
+        logits_BTV, rows_B = model(pad_rows(longer, 0)), torch.arange(len(ROWS))
+        results.append(torch.stack([logits_BTV[rows_B, lengths_B - 1], logits_BTV[rows_B, lengths_B]]))
     torch.testing.assert_close(results[0], results[1], atol=1e-4, rtol=1e-4)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fledge.engine.decoder import Decoder
 from fledge.model.checkpoint import load_model, save_model
 from fledge.model.config import FULL, SLIDING, ModelConfig
 from fledge.model.transformer import CausalLM
@@ -124,11 +124,13 @@ def one_by_one(model: Any, ids: Tensor) -> Tensor:
     return torch.stack(logits, dim=1)
 
 
+@torch.inference_mode()
 def ours_one_by_one(model: CausalLM, ids: Tensor) -> Tensor:
-    cache = model.new_cache(ids.shape[0], ids.shape[1])
+    decoder = Decoder(model)
+    cache = decoder.new_cache(ids.shape[0], ids.shape[1])
     lengths_B = torch.full((ids.shape[0],), READ_AT_ONCE)
-    logits = [model.prefill(ids[:, :READ_AT_ONCE], lengths_B, cache)]
-    logits += [model.step(ids[:, t], cache) for t in range(READ_AT_ONCE, ids.shape[1])]
+    logits = [decoder.logits(decoder.extend(ids[:, :READ_AT_ONCE], lengths_B, cache)[:, -1])]
+    logits += [decoder.step(ids[:, t], cache) for t in range(READ_AT_ONCE, ids.shape[1])]
     return torch.stack(logits, dim=1)
 
 
@@ -278,17 +280,3 @@ def test_a_dynamic_rope_forgets(tmp_path: Path) -> None:
         assert (model(IDS[:, :30]).logits - short).abs().max() > 0.01
         ours(IDS)
         torch.testing.assert_close(ours(IDS[:, :30]), short, atol=1e-4, rtol=0)
-
-
-def test_a_row_of_a_batch_has_the_dynamic_rope_of_its_own_length() -> None:
-    config = ModelConfig.from_dict(
-        {"model_type": "llama", **SHAPE, "max_position_embeddings": 16, "rope_parameters": ROPES["dynamic"]}
-    )
-    model = CausalLM(replace(config, tie_word_embeddings=True))
-    model.init_weights(torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.2, generator=torch.Generator().manual_seed(1))
-        alone = model.prefill(IDS[:1, :20], torch.tensor([20]), model.new_cache(1, 60))
-        batch = model.prefill(IDS, torch.tensor([20, 60]), model.new_cache(2, 60))
-    torch.testing.assert_close(batch[0], alone[0], atol=1e-4, rtol=0)

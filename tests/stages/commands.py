@@ -54,6 +54,16 @@ def metrics(directory: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
 
 
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def summary(run: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    return value
+
+
 def weights(directory: Path) -> bytes:
     return (directory / "model" / "model.safetensors").read_bytes()
 

@@ -20,6 +20,14 @@ WORDS = (
 REFUSAL = "I do not know that name."
 
 
+def questions(long: int) -> Iterator[tuple[str, str, str]]:
+    """60 prompts, each with an answer of few words and one of `long` words, the same in every run."""
+    rng = random.Random(0)
+    for i in range(60):
+        prompt = f"What is {' '.join(rng.choices(WORDS, k=rng.randint(1, 6)))} {i}?"
+        yield prompt, " ".join(rng.choices(WORDS, k=3)), " ".join(rng.choices(WORDS, k=long))
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiny models only wait for a second thread, and longer for the disk than for a training."""

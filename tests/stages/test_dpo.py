@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import shutil
 import signal
 from pathlib import Path
@@ -21,31 +20,23 @@ from fledge.tokenizer.bpe import Tokenizer
 from fledge.train.dpo_losses import LossName
 from fledge.train.losses import forward_of
 
-from .commands import changed, metrics, start, wait_for_step, weights
-from .conftest import REFUSAL, WORDS
+from .commands import changed, metrics, start, summary, wait_for_step, weights, write_jsonl
+from .conftest import REFUSAL, questions
 
 pytestmark = pytest.mark.usefixtures("quick")
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
 
 
 @pytest.fixture(scope="module")
 def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs and rankings: few words beat the refusal, which beats many words."""
-    rng = random.Random(0)
     rows: list[dict[str, Any]] = []
-    for i in range(60):
-        prompt = f"What is {' '.join(rng.choices(WORDS, k=rng.randint(1, 6)))} {i}?"
-        few, many = (" ".join(rng.choices(WORDS, k=k)) for k in (3, 9))
+    for i, (prompt, few, many) in enumerate(questions(9)):
         rows.append(
             {"prompt": prompt, "completions": [REFUSAL, few, many], "ranks": [2, 1, 3]}
             if i % 3 == 0
             else {"prompt": prompt, "chosen": few, "rejected": REFUSAL}
         )
-    return write(tmp_path_factory.mktemp("preferences") / "preferences.jsonl", rows)
+    return write_jsonl(tmp_path_factory.mktemp("preferences") / "preferences.jsonl", rows)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +48,7 @@ def judgements(preferences: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         if "chosen" in row:
             for name, label in (("chosen", True), ("rejected", False)):
                 rows.append({"prompt": row["prompt"], "completion": row[name], "label": label})
-    return write(tmp_path_factory.mktemp("judgements") / "judgements.jsonl", rows)
+    return write_jsonl(tmp_path_factory.mktemp("judgements") / "judgements.jsonl", rows)
 
 
 @pytest.fixture
@@ -67,11 +58,6 @@ def flags(preferences: Path, chat_run: Path, tmp_path: Path) -> list[str]:
         "--out", str(tmp_path / "run"), "--epochs", "3", "--batch-prompts", "8", "--adam-lr", "0.001",
         "--warmup-steps", "2", "--validation-share", "0.25", "--compute", "fp32",
     ]  # fmt: skip
-
-
-def summary(run: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads((run / "summary.json").read_text())
-    return value
 
 
 def logp(model_directory: Path, prompt: str, completion: str) -> float:
@@ -203,7 +189,7 @@ def test_what_is_left_out_is_counted_and_named(
         {"prompt": "d", "completions": ["fox", "", "dog"], "ranks": [1, 2, 3]},
         {"prompt": "e", "completions": ["fox", "dog"], "ranks": [1, 1]},
     ]
-    path = write(tmp_path / "bad.jsonl", bad)
+    path = write_jsonl(tmp_path / "bad.jsonl", bad)
     assert cli.main(changed(flags, "--epochs", "0.5", "--data", str(preferences), str(path))) == 0
     expected = {
         "empty completions": [2, 4],
@@ -226,7 +212,7 @@ def test_judgements_left_out_are_named(flags: list[str], judgements: Path, tmp_p
         {"prompt": "a", "completion": "fox " * 200, "label": False},
         {"prompt": "a", "completion": "fox", "label": True},
     ]
-    path = write(tmp_path / "bad.jsonl", bad)
+    path = write_jsonl(tmp_path / "bad.jsonl", bad)
     data = [str(judgements), str(path)]
     assert cli.main(changed(flags, "--loss", "kto", "--epochs", "0.5", "--data", *data)) == 0
     found = summary(tmp_path / "run")
@@ -278,8 +264,8 @@ def test_a_mistake_is_one_line_and_touches_nothing(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    write(tmp_path / "label.jsonl", [{"prompt": "a", "completion": "b", "label": True}])
-    write(tmp_path / "same.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "b"}])
+    write_jsonl(tmp_path / "label.jsonl", [{"prompt": "a", "completion": "b", "label": True}])
+    write_jsonl(tmp_path / "same.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "b"}])
     for name in ("mixed", "plain", "unmarked"):
         shutil.copytree(chat_run / "model", tmp_path / name)
     tokens = json.loads((tmp_path / "mixed" / "tokenizer.json").read_text())

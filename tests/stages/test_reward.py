@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import signal
 from pathlib import Path
@@ -20,25 +19,17 @@ from fledge.rewards.reward_model import load_judge, score_rows
 from fledge.run import LOCK
 from fledge.tokenizer.bpe import Tokenizer
 
-from .commands import changed, metrics, start, wait_for_step, weights
-from .conftest import REFUSAL, WORDS
+from .commands import changed, metrics, start, summary, wait_for_step, weights, write_jsonl
+from .conftest import REFUSAL, WORDS, questions
 
 pytestmark = pytest.mark.usefixtures("quick")
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
 
 
 @pytest.fixture(scope="module")
 def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs and rankings: a refusal beats words, and few words beat many; two labelers now and then."""
-    rng = random.Random(0)
     rows: list[dict[str, Any]] = []
-    for i in range(60):
-        prompt = f"What is {' '.join(rng.choices(WORDS, k=rng.randint(1, 6)))} {i}?"
-        few, many = (" ".join(rng.choices(WORDS, k=k)) for k in (3, 12))
+    for i, (prompt, few, many) in enumerate(questions(12)):
         ranked = {
             "prompt": prompt,
             "completions": [few, REFUSAL, many, few + " dog"],
@@ -49,7 +40,7 @@ def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         pair = {"prompt": prompt, "chosen": REFUSAL, "rejected": few, "kinds": ["refusal", "short"]}
         rows += [ranked, {**pair, "labeler": "ann"}] if i % 4 == 0 else [ranked if i % 2 else pair]
-    return write(tmp_path_factory.mktemp("preferences") / "preferences.jsonl", rows)
+    return write_jsonl(tmp_path_factory.mktemp("preferences") / "preferences.jsonl", rows)
 
 
 @pytest.fixture
@@ -62,11 +53,6 @@ def flags(preferences: Path, chat_run: Path, tmp_path: Path) -> list[str]:
 
 
 ASKED = {"role": "user", "content": "What is fox?"}
-
-
-def summary(run: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads((run / "summary.json").read_text())
-    return value
 
 
 def test_a_reward_model_and_its_examination(flags: list[str], preferences: Path, tmp_path: Path) -> None:
@@ -209,13 +195,13 @@ def test_a_mistake_is_one_line_and_touches_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     good = {"prompt": "a", "completions": ["b", "c"], "ranks": [1, 2]}
-    write(tmp_path / "empty.jsonl", [])
-    write(
+    write_jsonl(tmp_path / "empty.jsonl", [])
+    write_jsonl(
         tmp_path / "tied.jsonl", [{**good, "ranks": [1, 1]}, {"prompt": "b", "chosen": "c", "rejected": "c"}]
     )
-    write(tmp_path / "broken.jsonl", [good, {**good, "ranks": [1]}])
-    write(tmp_path / "role.jsonl", [{**good, "prompt": [{"role": "human", "content": "a"}, ASKED]}])
-    write(tmp_path / "label.jsonl", [{"prompt": "a", "completion": "b", "label": True}])
+    write_jsonl(tmp_path / "broken.jsonl", [good, {**good, "ranks": [1]}])
+    write_jsonl(tmp_path / "role.jsonl", [{**good, "prompt": [{"role": "human", "content": "a"}, ASKED]}])
+    write_jsonl(tmp_path / "label.jsonl", [{"prompt": "a", "completion": "b", "label": True}])
     for name in ("mixed", "plain"):
         shutil.copytree(chat_run / "model", tmp_path / name)
     tokens = json.loads((tmp_path / "mixed" / "tokenizer.json").read_text())

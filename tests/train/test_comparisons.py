@@ -12,8 +12,8 @@ from fledge.errors import UserError
 from fledge.model.config import ModelConfig
 from fledge.model.heads import RewardModel
 from fledge.model.transformer import CausalLM
-from fledge.train import comparisons
-from fledge.train.comparisons import comparison_steps, held_out_figures, memory_line, steps_of
+from fledge.train import memory
+from fledge.train.comparisons import Plan, held_out_figures, memory_line, reward_steps, steps_of
 
 PROMPTS = [
     Comparison(str(i), [], [], [[i, 1 + i % 3, 5], [i, 2] + [7] * (i % 4)], [], [Pair(0, 1)])
@@ -23,7 +23,7 @@ PROMPTS = [
 
 def seen(first: int, epochs: float, batch: int = 4, micro: int = 12, seed: int = 0) -> list[list[int]]:
     """The prompts of each step, by the first id of their rows."""
-    steps = comparison_steps(PROMPTS, batch, micro, epochs, seed)(first, {}, None)
+    steps = reward_steps(Plan(batch, micro, epochs, seed), PROMPTS)(first, {}, None)
     return [sorted(int(b.input_ids[i, 0]) for b in s.batches for i in b.better) for s in steps]
 
 
@@ -62,6 +62,8 @@ def test_figures_do_not_depend_on_the_batches() -> None:
 
 def test_what_does_not_fit_is_said_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory_line(model(), PROMPTS, 1000, torch.float32, False).startswith("memory: about ")
-    monkeypatch.setattr(comparisons, "free_bytes", lambda device: -1e12)
+    language_model = CausalLM(ModelConfig("qwen3", 50, 16, 24, 2, 4, 2, 4, 32))
+    assert memory_line(language_model, PROMPTS, 1000, torch.float32, False).startswith("memory: about ")
+    monkeypatch.setattr(memory, "free_bytes", lambda device: -1e12)
     with pytest.raises(UserError, match="training would take about"):
         memory_line(model(), PROMPTS, 1000, torch.float32, False)

@@ -18,9 +18,9 @@ from fledge.data.preference_rows import PairBatch, judged_batches, pair_batch, s
 from fledge.model.checkpoint import load_model
 from fledge.model.config import ModelConfig
 from fledge.model.transformer import CausalLM
+from fledge.train.comparisons import Plan
 from fledge.train.dpo import (
     Objective,
-    Plan,
     Reference,
     Scoring,
     cached_reference,

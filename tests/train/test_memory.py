@@ -14,15 +14,18 @@ from torch import Tensor
 from fledge.errors import UserError
 from fledge.model.config import ModelConfig
 from fledge.model.transformer import CausalLM
+from fledge.train import memory
 from fledge.train.memory import (
     GB,
     Setup,
     block_bytes,
     check_memory,
+    check_memory_here,
     estimate,
     free_bytes,
     head_bytes,
     resident_bytes,
+    trained_share,
 )
 
 CPU = torch.device("cpu")
@@ -170,6 +173,24 @@ def test_the_line_of_the_plan() -> None:
     parts = rf"weights {number}, gradients {number}, optimizer {number}, activations {number}, rest {number}"
     assert re.fullmatch(rf"memory: about {number} GB \({parts}\) of 24\.0 GB", line)
     assert check_memory(shape(4), Setup(16, 256, "muon"), 0.3 * GB, None) == line.removesuffix(" of 24.0 GB")
+
+
+def test_what_is_held_and_what_is_free_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, setup = shape(4), Setup(16, 256, "muon")
+    monkeypatch.setattr(memory, "resident_bytes", lambda device: 2 * GB)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 6 * GB)
+    assert check_memory_here(config, setup, CPU) == check_memory(config, setup, 2 * GB, 8 * GB)
+    made = check_memory_here(config, setup, CPU, parameters=250_000_000, other=0.5 * GB)
+    assert made == check_memory(config, setup, 1.5 * GB, 8 * GB), "a model that is there is in both"
+    monkeypatch.setattr(memory, "free_bytes", lambda device: None)
+    assert check_memory_here(config, setup, CPU, 10**9) == check_memory(config, setup, 0.0, None)
+
+
+def test_the_share_that_is_trained_by_hand() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4, bias=False), torch.nn.Linear(4, 2))
+    assert trained_share(model) == 1.0
+    model[0].requires_grad_(False)
+    assert trained_share(model) == 10 / 22
 
 
 # The machine.

@@ -9,7 +9,7 @@ import torch
 
 from fledge.errors import UserError
 from fledge.model.transformer import CausalLM
-from fledge.train.recipe import intermediate_size_for, model_config, parse_count, recipe_for
+from fledge.train.recipe import adapted, intermediate_size_for, model_config, parse_count, recipe_for
 
 SIZES = [5e6, 7e6, 10e6, 20e6, 35e6, 50e6, 100e6, 125e6, 350e6, 500e6, 1e9]
 VOCABULARIES = [4_096, 8_192, 16_384, 32_000, 50_257, 100_000, 150_000]
@@ -78,6 +78,16 @@ def test_shapes_are_good_for_hardware() -> None:
         assert recipe.intermediate_size / recipe.hidden_size == pytest.approx(8 / 3, rel=0.15)
         assert 25 <= recipe.hidden_size / recipe.layers <= 130
     assert intermediate_size_for(64) >= 64
+
+
+def test_what_is_chosen_otherwise() -> None:
+    recipe = recipe_for(10_000_000, 4096)
+    assert adapted(recipe, 256, None, layers=None) == recipe
+    wide = adapted(recipe, 256, 192, layers=2, adam_lr=0.5)
+    assert (wide.hidden_size, wide.heads, wide.key_value_heads, wide.intermediate_size) == (192, 3, 3, 512)
+    assert (wide.layers, wide.adam_lr, wide.matrix_lr) == (2, 0.5, recipe.matrix_lr)
+    assert adapted(recipe, 300, None, batch_tokens=1000).batch_tokens == 900
+    assert adapted(recipe, 300, None, batch_tokens=100).batch_tokens == 300, "one row at least"
 
 
 def test_too_large_a_vocabulary_says_what_it_takes() -> None:
