@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NotRequired, Protocol, TypedDict
@@ -130,6 +130,34 @@ class SamplingParams:
     top_logprobs: int = 0
     echo: bool = False
     constraint: Grammar | None = None
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What a policy made of a prompt, for a reward function to judge and for training to learn from.
+
+    `input_ids` are the exact ids that were read and made, over all turns; `loss_mask` is True for those that
+    the policy made, the token that ends its turn among them; `logps` are their log-probabilities (nats) when
+    they were sampled, 0 for all others; the three are of one length.
+    """
+
+    input_ids: list[int]
+    loss_mask: list[bool]
+    logps: list[float]
+    row: dict[str, Any]
+    """The line of data that the prompt came from, with the right answer or whatever else a verifier needs."""
+    messages: list[Message]
+    """The prompt: all turns before the policy's."""
+    completion: str
+    """What the policy made, as text, without the token that ends it."""
+    ended: bool
+    """Whether it ended its turn; False: it was cut off at the length limit."""
+    where: str = ""
+    """File and line of the prompt."""
+
+
+# One reward for each roll-out: a verifier, a reward model or a judge.
+RewardFunction = Callable[[list[Rollout]], list[float]]
 
 
 class TokenGenerator(Protocol):

@@ -1,0 +1,144 @@
+"""`fledge task`: the files of each task, and what is right of what a model made of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fledge.cli import main
+from fledge.files import read_jsonl
+from fledge.tasks.tictactoe import moves, positions
+from fledge.tokenizer.bpe import train_bpe
+
+from ..models import save_chain_model
+
+Capture = pytest.CaptureFixture[str]
+ADDITION = ["addition", "--train", "30", "--test", "10", "--starter", "5", "--text", "7"]
+COUNTDOWN = ["countdown", "--train", "30", "--test", "10", "--starter", "5", "--text", "7", "--numbers", "3"]
+TICTACTOE = ["tictactoe", "--games", "5"]
+FILES = ("sft.jsonl", "text.jsonl", "prompts.jsonl", "test.jsonl")
+
+
+@pytest.fixture(scope="module")
+def fives(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that answers 5 to everything."""
+    directory = tmp_path_factory.mktemp("task") / "model"
+    save_chain_model(directory, train_bpe(["aa"], 265), "5")
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("flags", "rows"),
+    [(ADDITION, (5, 7, 30, 10)), (COUNTDOWN, (5, 7, 30, 10)), (TICTACTOE, (None, 5, 3959, 561))],
+    ids=["addition", "countdown", "tictactoe"],
+)
+def test_the_files(flags: list[str], rows: tuple[int | None, ...], tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "task"
+    assert main(["task", *flags, "--out", str(out)]) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert {path.name for path in out.iterdir()} == {*FILES, "manifest.json"}
+    for file, wanted in zip(FILES, rows, strict=True):
+        lines = [row for _, row in read_jsonl(out / file)]
+        assert len(lines) == manifest["rows"][file] == (wanted or len(lines)) > 0
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert manifest["reward"] in printed.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["addition", "--digits", "0"], "--digits 0: must be at least 1"),
+        (["addition", "--digits", "19"], "--digits 19: must be at most 18"),
+        (["addition", "--digits", "1", "--train", "500"], "different problems for worked examples"),
+        (["countdown", "--numbers", "1"], "--numbers 1: each must be from 2 to 6"),
+        (["countdown", "--numbers", "4", "--trace-lines", "3"], "--trace-lines 3: must be at least 4"),
+        (["countdown", "--max-target", "9"], "--max-target 9: must be at least 10"),
+        (["tictactoe", "--games", "-1"], "--games -1: must be at least 0"),
+        (["chess"], "fledge task"),
+    ],
+)
+def test_a_mistake_writes_nothing(flags: list[str], message: str, tmp_path: Path, capsys: Capture) -> None:
+    assert main(["task", *flags, "--out", str(tmp_path / "task")]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def write_answers(path: Path, rows: list[Any]) -> Path:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def completion(text: str, finish_reason: str = "stop") -> dict[str, str]:
+    return {"text": text, "finish_reason": finish_reason}
+
+
+def test_check_counts_what_is_right(tmp_path: Path, capsys: Capture) -> None:
+    """Of five completions two are right and one was cut off; of three prompts two have a right one."""
+    rows = [
+        {"answer": "975", "completions": [completion("3+6=9\n975"), completion("579")]},
+        {"answer": "12", "completions": [completion("12", "length"), completion("x\n12")]},
+        {"answer": "7", "completions": [completion("8")]},
+    ]
+    data, out = write_answers(tmp_path / "answers.jsonl", rows), tmp_path / "figures.json"
+    flags = ["--reward", "0.5*exact:last_line=true", "0.5*regex:pattern=[0-9]+,last_line=true"]
+    assert main(["task", "check", str(data), *flags, "--out", str(out), "--examples", "1"]) == 0
+    figures = json.loads(out.read_text())
+    assert figures["mean_reward"] == pytest.approx((1 + 0.5 + 0 + 1 + 0.5) / 5)
+    assert (figures["right"]["successes"], figures["right"]["n"]) == (2, 5)
+    assert figures["prompts_with_a_right_one"]["rate"] == pytest.approx(2 / 3)
+    assert figures["cut_off"] == 1
+    printed = capsys.readouterr().out
+    assert f"{data}:1, reward 0.5\n579" in printed
+    assert "0.6000" in printed
+
+
+@pytest.mark.parametrize(
+    ("row", "reward", "message"),
+    [
+        ({"answer": "1"}, "exact", 'answers.jsonl:1: no list "completions"'),
+        ({"answer": "1", "completions": ["1"]}, "exact", 'answers.jsonl:1: no list "completions"'),
+        ({"completions": [{"text": "1"}]}, "exact", 'the row has no field "answer"'),
+        ({"answer": "1", "error": "too long"}, "exact", "holds no completions"),
+        ({"answer": "1", "completions": [{"text": "1"}]}, "exat", "nearest is 'exact'"),
+    ],
+)
+def test_check_says_what_is_missing(
+    row: dict[str, Any], reward: str, message: str, tmp_path: Path, capsys: Capture
+) -> None:
+    data = write_answers(tmp_path / "answers.jsonl", [row])
+    assert main(["task", "check", str(data), "--reward", reward]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_completions_of_generate_are_checked(fives: Path, tmp_path: Path, capsys: Capture) -> None:
+    """5 is the answer to one of two prompts."""
+    rows = [{"prompt": "2+3=", "answer": "5"}, {"prompt": "2+4=", "answer": "6"}]
+    data, made = write_answers(tmp_path / "test.jsonl", rows), tmp_path / "made.jsonl"
+    asked = ["--batch", str(data), "--out", str(made), "--chat", "--temperature", "0"]
+    assert main(["generate", "--model", str(fives), *asked]) == 0
+    assert main(["task", "check", str(made), "--reward", "exact"]) == 0
+    assert "50.0%" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_play_follows_all_lines(fives: Path, tmp_path: Path, capsys: Capture) -> None:
+    """As X it takes the centre and has no second move, after each of 8 answers. As O it has none if X took
+    the centre, else none after each of 7 answers: 1 + 8 * 7 lines."""
+    out = tmp_path / "lines.json"
+    assert main(["task", "play", "--model", str(fives), "--out", str(out), "--device", "cpu"]) == 0
+    figures = json.loads(out.read_text())
+    sides = figures["lines"]["random"]
+    assert (sides["X"]["lost"], sides["X"]["illegal"], sides["X"]["won"], sides["X"]["drawn"]) == (8, 8, 0, 0)
+    assert (sides["O"]["lost"], sides["O"]["illegal"]) == (57, 57)
+    assert sides["O"]["p_lost"] == pytest.approx(1.0)
+    assert set(figures["lines"]) == {"random", "weak", "depth-2", "minimax"}
+    going_on = [board for board in positions() if moves(board)]
+    free = sum(board[4] == "." for board in going_on)
+    assert (figures["legal_moves"]["successes"], figures["legal_moves"]["n"]) == (free, 4520)
+    assert figures["best_moves_on_test_boards"]["n"] == 561
+    assert "minimax" in capsys.readouterr().out
+    assert main(["task", "play", "--model", str(fives), "--out", str(out)]) == 2
