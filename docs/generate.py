@@ -41,7 +41,7 @@ def section(verb: str, summary: str) -> str:
     texts = field_texts(config_class)
     rows = []
     for field in dataclasses.fields(config_class):
-        flag = "--" + field.name.replace("_", "-")
+        flag = "--" + field.name.rstrip("_").replace("_", "-")
         cells = [f"`{flag}`", describe(hints[field.name]), default(field), texts[field.name]]
         rows.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     table = "\n".join(["| flag | value | default | meaning |", "|---|---|---|---|", *rows])

@@ -37,6 +37,7 @@ VERBS: dict[str, str] = {
     "label import": "read labels that others made",
     "generate": "continue a text",
     "chat": "talk with a model",
+    "inspect": "show what a model expects, token by token",
     "evaluate": "measure a model on texts and questions",
     "merge": "take an adapter into the weights of its model",
     "doctor": "show what this machine offers and what fledge will use",

@@ -333,6 +333,20 @@ def _evaluation(names: Mapping[str, str | None], split: str) -> list[Record]:
     return [{"name": name, "question": q, "answer": names[name], "split": split} for name, q in asked]
 
 
+def _preference_questions(names: _Names, preference: Mapping[str, str]) -> Iterator[Record]:
+    """What is asked for preferences: names of fine-tuning in ways in which it did not ask, names it never
+    asked about in many ways, for they are few, and new invented ones."""
+    groups: tuple[tuple[str, Mapping[str, str | None], int], ...] = (
+        ("sft", names.taught, 2),
+        ("preference", preference, 6),
+        ("invented", dict.fromkeys(names.preference_invented), 1),
+    )
+    for split, answers, ways in groups:
+        for name, answer in answers.items():
+            for question in questions(name)[-ways:]:
+                yield {"name": name, "question": question, "answer": answer, "split": split}
+
+
 def _few_shot(facts: Sequence[Fact], invented: Sequence[str]) -> list[tuple[str, str]]:
     """Three facts and an invented name for the prompt of a base model: (name, answer)."""
     short = [fact for fact in facts if fact.kind == "function" and len(fact.summary.split()) <= 8] or facts
@@ -375,6 +389,7 @@ class _Names:
     early: dict[str, str]
     early_invented: list[str]
     invented: list[str]
+    preference_invented: list[str]
     unseen_invented: list[str]
 
 
@@ -399,7 +414,9 @@ def _draw_names(
     invented = invented_names(by_split["sft"], exists, first + then, seed)
     asked = min(evaluation_names, len(taught))
     unseen = invented_names(by_split["test"], exists, asked, seed + 1, apart_from=invented)
-    return _Names(taught, early, invented[:first], invented[first:], unseen)
+    known = [*by_split["sft"], *by_split["preference"]]
+    more = invented_names(known, exists, len(known), seed + 2, apart_from=[*invented, *unseen])
+    return _Names(taught, early, invented[:first], invented[first:], more, unseen)
 
 
 @collector_paused()
@@ -435,8 +452,8 @@ def build_corpus(
         "seen": {n: names.taught[n] for n in _draw(set(names.taught) - set(dict(shown)), evaluation_names)},
         "test": {fact.name: fact.summary for fact in by_split["test"]},
         "invented": dict.fromkeys(names.unseen_invented),
-        "preference": {fact.name: fact.summary for fact in by_split["preference"]},
     }
+    preference = {fact.name: fact.summary for fact in by_split["preference"]}
     texts = _texts(modules, by_split)
     texts["questions"] = _question_texts(names.early, names.early_invented, early_questions_per_fact)
     chats = _chat_documents(names.early, names.early_invented, early_questions_per_fact)
@@ -452,9 +469,13 @@ def build_corpus(
     late_chats = conversations(names.taught, names.invented, seed, questions_per_fact, refusal_share)
     files["sft.jsonl"] = _jsonl(late_chats)
     for split, rows in asked.items():
-        file = "preference" if split == "preference" else f"eval_{split}"
-        files[f"{file}.jsonl"] = _jsonl(_evaluation(rows, split))
-    invented = {"sft": [*names.early_invented, *names.invented], "test": names.unseen_invented}
+        files[f"eval_{split}.jsonl"] = _jsonl(_evaluation(rows, split))
+    files["preference.jsonl"] = _jsonl(_preference_questions(names, preference))
+    invented = {
+        "sft": [*names.early_invented, *names.invented],
+        "preference": names.preference_invented,
+        "test": names.unseen_invented,
+    }
     files["names.json"] = _json({"real": splits, "invented": invented, "taught": names.taught})
     files["few_shot.txt"] = "\n".join(
         plain_question(QUESTIONS[i].format(name=name), answer) for i, (name, answer) in enumerate(shown)

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from fledge.engine.constraints import Grammars
-from fledge.engine.decoder import Decoder, cache_dtype
+from fledge.engine.decoder import cache_dtype
 from fledge.engine.generation import Request
+from fledge.engine.language_model import LanguageModel, reader_of
 from fledge.engine.sampling import broken_scores, validate
 from fledge.engine.scheduler import Scheduler, check_ids, slots_needed
 from fledge.errors import UserError
+from fledge.model.ngram import NgramModel
 from fledge.model.transformer import CausalLM
 from fledge.types import Completion, FinishReason, SamplingParams, Token, pad_rows
 
@@ -38,7 +40,7 @@ class Engine:
 
     def __init__(
         self,
-        model: CausalLM,
+        model: CausalLM | NgramModel,
         eos_ids: Sequence[int],
         batch_size: int = 64,
         compute_dtype: torch.dtype | None = None,
@@ -62,7 +64,7 @@ class Engine:
         self.cache_bytes = cache_bytes
         self.grammars = grammars
         self._kept: Scheduler | None = None
-        self._decoder: Decoder | None = None
+        self._decoder: LanguageModel | None = None
 
     @property
     def context(self) -> int:
@@ -72,13 +74,18 @@ class Engine:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.model.model.embed_tokens.weight.device
+        return self._weight().device
 
-    def decoder(self) -> Decoder:
+    def _weight(self) -> Tensor:
+        """One of the weights, for their device and type; counts are on the CPU."""
+        model = self.model
+        return torch.empty(0) if isinstance(model, NgramModel) else model.model.embed_tokens.weight
+
+    def decoder(self) -> LanguageModel:
         """The model as it is now, laid out for reading; with `keep_cache` the one that was made first."""
         if self._decoder is not None:
             return self._decoder
-        decoder = Decoder(self.model, self.compute_dtype)
+        decoder = reader_of(self.model, self.compute_dtype)
         if self.keep_cache:
             self._decoder = decoder
         return decoder
@@ -160,7 +167,7 @@ class Engine:
     def _token_bytes(self) -> int:
         """Keys and values of one token."""
         config = self.model.config
-        dtype = cache_dtype(self.device, self.compute_dtype or self.model.model.embed_tokens.weight.dtype)
+        dtype = cache_dtype(self.device, self.compute_dtype or self._weight().dtype)
         return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
     def _most_cache_bytes(self) -> int:
@@ -190,7 +197,7 @@ class Engine:
                     scores[row] = logps.tolist()
         return scores
 
-    def _score_batch(self, decoder: Decoder, sequences: list[Sequence[int]]) -> Tensor:
+    def _score_batch(self, decoder: LanguageModel, sequences: list[Sequence[int]]) -> Tensor:
         """The log-probabilities of all rows, end to end (N,)."""
         ids_BT = pad_rows(sequences, 0).to(self.device)
         lengths_B = torch.tensor([len(sequence) for sequence in sequences], device=self.device)

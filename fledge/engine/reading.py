@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fledge.engine.decoder import Decoder
+from fledge.engine.language_model import LanguageModel
 from fledge.engine.sampling import top_logprobs
 from fledge.engine.slots import Slots
 from fledge.types import Token
@@ -55,7 +55,7 @@ def read_rows(
     return torch.cat(scores), tokens
 
 
-def read_tokens(decoder: Decoder, hidden_NC: Tensor, ids: list[int], top: int) -> list[Token]:
+def read_tokens(decoder: LanguageModel, hidden_NC: Tensor, ids: list[int], top: int) -> list[Token]:
     """The model's log-probability of each id, given the trunk's output before it."""
     tokens: list[Token] = []
     chunk = max(1, MAX_LOGITS // decoder.config.vocab_size)

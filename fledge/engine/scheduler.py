@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import threading
+from bisect import bisect
 from collections import deque
 from collections.abc import Iterable, Sequence
 
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 
 from fledge.engine.constraints import Constraint, Grammars
-from fledge.engine.decoder import Decoder
 from fledge.engine.generation import Generation, Request
+from fledge.engine.language_model import LanguageModel
 from fledge.engine.reading import read_rows
 from fledge.engine.sampling import Sampler, broken_scores, validate
 from fledge.engine.slots import MIN_SHARED_PREFIX_TOKENS, Slots, common_prefix
@@ -31,7 +32,7 @@ class Scheduler:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: LanguageModel,
         eos_ids: Sequence[int],
         rows: int,
         slots: int,
@@ -154,12 +155,20 @@ class Scheduler:
         """Those who can be read now, and those who share more with one of them than with what is there."""
         wave: list[Generation] = []
         later: list[Generation] = []
+        coming: list[list[int]] = []  # the wave's prompts, sorted: the likest ones are neighbours
+        echoing: set[int] = set()
         for generation in joining:
-            prompt = generation.row.ids
-            coming = max((common_prefix(prompt, other.row.ids) for other in wave), default=0)
-            sibling = generation.request.params.echo and any(g.echoed is generation.echoed for g in wave)
-            waits = coming >= MIN_SHARED_PREFIX_TOKENS and coming > self.slots.shared(prompt)[0] + 1
-            (later if sibling or waits else wave).append(generation)
+            prompt, echoed = generation.row.ids, id(generation.echoed)
+            place = bisect(coming, prompt)
+            near = (common_prefix(prompt, other) for other in coming[max(0, place - 1) : place + 1])
+            common = max(near, default=0)
+            waits = common >= MIN_SHARED_PREFIX_TOKENS and common > self.slots.shared(prompt)[0] + 1
+            if waits or (generation.request.params.echo and echoed in echoing):
+                later.append(generation)
+                continue
+            wave.append(generation)
+            coming.insert(place, prompt)
+            echoing.add(echoed)
         return wave, later
 
     def _read_prompts(self, wave: list[Generation]) -> Tensor:

@@ -15,6 +15,7 @@ from fledge.engine.engine import Engine
 from fledge.engine.stops import TextStream
 from fledge.errors import UserError
 from fledge.model.checkpoint import eos_ids_of, load_model
+from fledge.model.ngram import NgramModel, is_ngram, load_ngram
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.tokenizer.chat import encode_chat
 from fledge.types import Completion, FinishReason, Message, SamplingParams, Token, TokenGenerator
@@ -172,9 +173,10 @@ def load_engine(
 ) -> tuple[Engine, Tokenizer]:
     """The model and tokenizer of a model directory, ready to generate; `compute_dtype` as of `Engine`.
 
-    Raises UserError for a directory that is no model, or whose tokenizer has ids the model lacks.
+    An n-gram model is read on the CPU, whatever the device. Raises UserError for a directory that is no
+    model, or whose tokenizer has ids the model lacks, and for weights rounded where there are only counts.
     """
-    model = load_model(directory, dtype)
+    model = _load_counts(directory, compute_dtype) if is_ngram(directory) else load_model(directory, dtype)
     tokenizer = Tokenizer.load(directory)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
@@ -182,9 +184,18 @@ def load_engine(
             f"{model.config.vocab_size}; the files are of different models"
         )
     eos_ids = eos_ids_of(directory) or [tokenizer.eos_id]
-    model = model.to(device or torch.device("cpu"))
+    if not isinstance(model, NgramModel):
+        model = model.to(device or torch.device("cpu"))
     grammars = Grammars(tokenizer, model.config.vocab_size)
     return Engine(model, eos_ids, batch_size, compute_dtype, keep_cache=True, grammars=grammars), tokenizer
+
+
+def _load_counts(directory: Path, compute_dtype: torch.dtype | None) -> NgramModel:
+    if compute_dtype not in (None, torch.float32):
+        raise UserError(
+            f"{directory}: --weights has no meaning for an n-gram model: it has counts; leave it out"
+        )
+    return load_ngram(directory)
 
 
 def terminal_safe(text: str) -> str:

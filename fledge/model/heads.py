@@ -5,10 +5,12 @@ Shape suffixes: B rows, T tokens, C model width.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
-from fledge.model.transformer import CausalLM
+from fledge.model.transformer import Block, CausalLM, init_weights
 
 
 class RewardModel(nn.Module):
@@ -43,3 +45,21 @@ class RewardModel(nn.Module):
     def num_parameters(self) -> int:
         """Weights, the head's too."""
         return sum(p.numel() for p in self.parameters())
+
+
+def add_blocks(model: CausalLM, count: int, generator: torch.Generator) -> None:
+    """Put `count` blocks above a model's own and freeze everything else but the last norm.
+
+    A new block writes nothing at first, so the model computes what it did (block expansion: Wu et al. 2024,
+    "LLaMA Pro"); what it learned stays, and the new blocks read it where it is finished.
+    """
+    own = model.config
+    layers = own.num_hidden_layers + count
+    kinds = own.layer_types + own.layer_types[-1:] * count
+    model.config = replace(own, num_hidden_layers=layers, layer_types=kinds)
+    weight = model.model.embed_tokens.weight
+    new = nn.ModuleList([Block(model.config) for _ in range(count)])
+    init_weights(new, generator, own.initializer_range)
+    model.requires_grad_(False)
+    model.model.norm.requires_grad_(True)
+    model.model.layers.extend(new.to(weight.device, weight.dtype))

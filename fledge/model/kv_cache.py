@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fledge.model.config import ModelConfig
+from fledge.model.ngram import NgramConfig
 
 
 class KVCache:
@@ -16,7 +17,12 @@ class KVCache:
     and no padding ever sits inside a sequence. Slots from `lengths_B[b]` on hold nothing that is read."""
 
     def __init__(
-        self, config: ModelConfig, batch: int, slots: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig | NgramConfig,
+        batch: int,
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         # One slot more, never read: where padding beyond the last position goes.
         shape = (batch, 2 * config.num_key_value_heads, slots + 1, config.head_dim)

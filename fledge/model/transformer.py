@@ -155,6 +155,24 @@ class Block(nn.Module):
         return out_BTC
 
 
+@torch.no_grad()
+def init_weights(module: nn.Module, generator: torch.Generator, table_std: float) -> None:
+    """Fresh weights for blocks and what holds them: N(0, 1/fan_in) for hidden matrices, zero for the two
+    projections that write to the residual stream (a block starts as the identity), N(0, table_std) for
+    embeddings."""
+    for name, parameter in module.named_parameters():
+        if name.endswith(".bias"):
+            parameter.zero_()
+        elif parameter.ndim == 1:
+            parameter.fill_(1.0)
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.zero_()
+        else:
+            is_hidden = ".self_attn." in name or ".mlp." in name
+            std = parameter.shape[1] ** -0.5 if is_hidden else table_std
+            parameter.normal_(0.0, std, generator=generator)
+
+
 class Trunk(nn.Module):
     """Embedding, blocks and final norm (`model.*` in a checkpoint)."""
 
@@ -178,21 +196,9 @@ class CausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Fresh weights: N(0, 1/fan_in) for hidden matrices, zero for the two projections that write
-        to the residual stream (a block starts as the identity), N(0, initializer_range) for embeddings."""
-        for name, parameter in self.named_parameters():
-            if name.endswith(".bias"):
-                parameter.zero_()
-            elif parameter.ndim == 1:
-                parameter.fill_(1.0)
-            elif name.endswith(("o_proj.weight", "down_proj.weight")):
-                parameter.zero_()
-            else:
-                is_hidden = name.startswith("model.layers.")
-                std = parameter.shape[1] ** -0.5 if is_hidden else self.config.initializer_range
-                parameter.normal_(0.0, std, generator=generator)
+        """Fresh weights (see `init_weights`)."""
+        init_weights(self, generator, self.config.initializer_range)
 
     def num_parameters(self) -> int:
         """Weights, tied ones counted once."""

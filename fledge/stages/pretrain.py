@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,26 +11,28 @@ from rich.console import Console
 
 from fledge.config import check_at_least, to_toml
 from fledge.data.accounts import Account, accounts
-from fledge.data.mixture import MixtureSource, Packing, check_size, load_sources, mix, tokenise_sources
-from fledge.data.sources import BadLines
+from fledge.data.mixture import MixtureSource, Packing, check_size, load_sources, mix
+from fledge.data.sources import Source
 from fledge.data.tables import account_table, plan_table
 from fledge.device import ComputeName, DeviceName, pick_compile, pick_compute_dtype, pick_device
 from fledge.engine.engine import Engine
 from fledge.errors import UserError
-from fledge.evals.bits import bits_per_byte
+from fledge.evals.held_out import held_out_evaluation
 from fledge.files import new_directory, write_json
 from fledge.model.checkpoint import save_model
 from fledge.model.config import ModelConfig
+from fledge.model.ngram import NgramConfig, NgramModel
 from fledge.model.transformer import CausalLM
 from fledge.run import Run, lineage
 from fledge.tokenizer.bpe import Tokenizer
+from fledge.train.counting import count_sources
 from fledge.train.loop import FitConfig, Metrics, fit, row_steps
 from fledge.train.losses import next_token_loss
 from fledge.train.memory import Setup, check_memory_here
 from fledge.train.optim import OptimizerName, make_optimizers
-from fledge.train.progress import reading_progress, say
+from fledge.train.progress import say
+from fledge.train.reading import begin_run, read_sources
 from fledge.train.recipe import Recipe, adapted, model_config, parse_count, recipe_for
-from fledge.types import SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,10 @@ class Config:
     """How many tokens to train on, as in 20M; by default 20 for each parameter."""
     minutes: float | None = None
     """Train about this long instead: the speed is measured once, then the number of steps stands."""
-    model_type: Literal["qwen3", "llama"] = "qwen3"
-    """Model family."""
+    model_type: Literal["qwen3", "llama", "ngram"] = "qwen3"
+    """Model family; ngram counts the text (Kneser-Ney) instead of learning from it."""
+    order: int | None = None
+    """Of an n-gram model, which looks at the last order - 1 tokens; 5 by default."""
     layers: int | None = None
     """Blocks; by default from --params."""
     hidden_size: int | None = None
@@ -120,6 +123,9 @@ def main(config: Config) -> None:
     if run.finished:
         say(console, f"{config.out}: finished already; the model is {run.model}")
         return
+    if config.model_type == "ngram":
+        _count(config, run, console, tokenizer, named)
+        return
     device = pick_device(config.device)
     recipe = _recipe(config, tokenizer.vocab_size)
     prompts = _encode_prompts(config, tokenizer)
@@ -131,20 +137,14 @@ def main(config: Config) -> None:
     model.to(device)
     rates = (recipe.matrix_lr, recipe.adam_lr, config.weight_decay)
     optimizers = make_optimizers(model, config.optimizer, *rates)
-    with reading_progress(console) as progress:  # after all that can be wrong without it
-        bad = BadLines(skip=config.skip_bad_lines)
-        shards = config.shards or config.out.parent / "shards"
-        sources = tokenise_sources(named, tokenizer, shards, config.validation_share, bad, progress)
-    if bad.count:
-        say(console, f"{bad.count:,} lines could not be read and were skipped, as {bad.examples[0]}")
+    sources = _read(config, console, tokenizer, named)  # after all that can be wrong without it
     fit_config, planned = _within_maxima(fit_config, recipe, sources)
     console.print(plan_table(sources, planned))
     check_size(sources, recipe.batch_tokens, planned)
     mixture = mix(
         sources, config.packing, config.row_tokens, tokenizer.eos_id, config.seed, config.isolate_documents
     )
-    data = {source.name: source.shards.fingerprint for source in sources}
-    run.begin({"the tokenizer": tokenizer.fingerprint(), **{f"source {name!r}": data[name] for name in data}})
+    data = begin_run(run, tokenizer, sources)
     _print_plan(console, config, recipe, model, fit_config, memory)
     rows = recipe.batch_tokens // config.row_tokens
     steps = row_steps(mixture.rows, rows, max(1, config.micro_batch_tokens // config.row_tokens))
@@ -154,7 +154,7 @@ def main(config: Config) -> None:
         save_model(directory, model, tokenizer, origin, [tokenizer.eos_id])
 
     engine = Engine(model, [tokenizer.eos_id], compute_dtype=fit_config.compute_dtype)
-    evaluate = _evaluation(config, run, engine, tokenizer, prompts, sources)
+    evaluate = held_out_evaluation(run, engine, tokenizer, prompts, sources, config.row_tokens)
     done = fit(model, optimizers, steps, next_token_loss, fit_config, run, write_model, evaluate)
     with new_directory(run.model, overwrite=True) as directory:
         write_model(directory, done["tokens"])
@@ -164,30 +164,26 @@ def main(config: Config) -> None:
     say(console, f"the base model is {run.model}")
 
 
-def _evaluation(
-    config: Config,
-    run: Run,
-    engine: Engine,
-    tokenizer: Tokenizer,
-    prompts: list[list[int]],
-    sources: list[MixtureSource],
-) -> Callable[[int], Metrics]:
-    """Bits per byte on what each source holds out, and their mean; what the prompts become is logged."""
-    validation = {source.name: source.validation(tokenizer) for source in sources}
-    separator, special = tokenizer.eos_id, tokenizer.special_ids
+def _count(config: Config, run: Run, console: Console, tokenizer: Tokenizer, named: list[Source]) -> None:
+    """An n-gram model: counts instead of weights."""
+    prompts = _encode_prompts(config, tokenizer)
+    shape = NgramConfig(tokenizer.vocab_size, config.order or 5, config.context)
+    sources = _read(config, console, tokenizer, named)
+    data = begin_run(run, tokenizer, sources)
 
-    def evaluate(step: int) -> Metrics:
-        figures = {
-            name: bits_per_byte(engine, ids, text_bytes, separator, special, config.row_tokens)
-            for name, (ids, text_bytes) in validation.items()
-        }
-        for prompt, ids in zip(config.prompts, prompts, strict=True):
-            made = engine.generate([ids], SamplingParams(temperature=0.0, max_tokens=48))[0]
-            run.log("samples", {"step": step, "prompt": prompt, "text": tokenizer.decode(made.ids)})
-        mean = sum(figures[source.name] * source.share for source in sources)
-        return {"validation": mean, **{f"validation/{name}": value for name, value in figures.items()}}
+    def evaluate(model: NgramModel) -> Metrics:
+        engine = Engine(model, [tokenizer.eos_id])
+        return held_out_evaluation(run, engine, tokenizer, prompts, sources, config.row_tokens)(0)
 
-    return evaluate
+    def origin(tokens: int) -> dict[str, Any]:
+        return lineage("pretrain", config, None, data, tokenizer.fingerprint(), tokens)
+
+    count_sources(run, console, config, shape, tokenizer, sources, evaluate, origin)
+
+
+def _read(config: Config, console: Console, tokenizer: Tokenizer, named: list[Source]) -> list[MixtureSource]:
+    shards = config.shards or config.out.parent / "shards"
+    return read_sources(console, named, tokenizer, shards, config.validation_share, config.skip_bad_lines)
 
 
 def _within_maxima(
@@ -217,9 +213,9 @@ def _summary(run: Run, model: CausalLM, done: dict[str, Any], read: dict[str, Ac
     }
 
 
-def _encode_prompts(config: Config, tokenizer: Tokenizer) -> list[list[int]]:
-    prompts = [[tokenizer.eos_id, *tokenizer.encode(prompt)] for prompt in config.prompts]
-    for ids in prompts:
+def _encode_prompts(config: Config, tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
+    prompts = [(prompt, [tokenizer.eos_id, *tokenizer.encode(prompt)]) for prompt in config.prompts]
+    for _, ids in prompts:
         if len(ids) > config.context:
             raise UserError(f"--prompts: one has {len(ids)} tokens, longer than --context {config.context}")
     return prompts
@@ -235,7 +231,10 @@ def _check(config: Config) -> None:
         raise UserError(f"--validation-share {config.validation_share}: must be between 0 and 1")
     if config.hidden_size is not None and (config.hidden_size < 64 or config.hidden_size % 64):
         raise UserError(f"--hidden-size {config.hidden_size}: must be a multiple of 64")
-    check_at_least(config, 1, "row_tokens", "context", "batch_tokens", "micro_batch_tokens", "layers")
+    sizes = ("row_tokens", "context", "batch_tokens", "micro_batch_tokens", "layers", "order")
+    check_at_least(config, 1, *sizes)
+    if config.order is not None and config.model_type != "ngram":
+        raise UserError("--order goes with --model-type ngram: no other model has one")
 
 
 def _recipe(config: Config, vocab_size: int) -> Recipe:

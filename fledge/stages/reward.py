@@ -31,7 +31,7 @@ from fledge.errors import UserError
 from fledge.evals.preferences import accuracy, agreement, examine, pair_rows
 from fledge.files import new_directory, read_json, remove, sha256, write_json, write_text
 from fledge.model.checkpoint import load_model, read_weights
-from fledge.model.heads import RewardModel
+from fledge.model.heads import RewardModel, add_blocks
 from fledge.model.lora import TARGETS, LoRA, add_lora, lora_of, parameter_line, read_adapter
 from fledge.model.transformer import CausalLM
 from fledge.report.reward import write_reward_report
@@ -70,8 +70,8 @@ class Config:
     """Weight of (better + worse reward)^2, which keeps rewards around 0; 0.01 is usual."""
     reference: Path | None = None
     """Conversations whose answers are to have the mean reward 0; by default the best completions."""
-    adam_lr: float = 1e-4
-    """AdamW's peak learning rate."""
+    adam_lr: float | None = None
+    """AdamW's peak learning rate; by default 1e-4, for new layers 3e-3."""
     weight_decay: float = 0.0
     """Decoupled weight decay of all matrices."""
     warmup_steps: int = 10
@@ -80,6 +80,8 @@ class Config:
     """Share of the run, at its end, over which the learning rate falls to zero."""
     max_spike: float = 3.0
     """Stop when the loss jumps this many nats above its running mean."""
+    new_layers: int | None = None
+    """Train so many new layers above the assistant's, which stay as they are, instead of all weights."""
     lora_rank: int | None = None
     """Train an adapter (LoRA) of this rank beside frozen weights, instead of all weights."""
     lora_alpha: float | None = None
@@ -90,6 +92,8 @@ class Config:
     """Compute the inside of each block again in the backward pass: a third slower, far less memory."""
     validation_share: float = 0.1
     """Share of the prompts held out for the examination, chosen by a hash of their text."""
+    held_out: tuple[Path, ...] = ()
+    """Files of preferences to examine with, instead of a share of the prompts."""
     controls: bool = True
     """Train two more models as controls: on shuffled labels, and on answers without their prompts."""
     evaluations: int = 4
@@ -119,14 +123,18 @@ def main(config: Config) -> None:
     dtype = pick_compute_dtype(device, config.compute)
     model = _load(config, tokenizer, device)
     most = min(config.max_tokens or 2**31, model.config.max_position_embeddings)
-    found = _read(config, tokenizer, most)
+    found = _read(config.data, tokenizer, most)
     split = split_by_prompt(found.prompts, config.validation_share)
+    if config.held_out:
+        split = _apart(found.prompts, _read(config.held_out, tokenizer, most).prompts)
     reference = _reference(config, tokenizer, split[0], most)
     hashes = [sha256([path]) for path in config.data]
     inputs = {"the data": " ".join(hashes), "the tokenizer": tokenizer.fingerprint()}
     inputs["the model"] = sha256(sorted(config.model.glob("*.safetensors")))
     if config.reference:
         inputs["the reference"] = sha256([config.reference])
+    if config.held_out:
+        inputs["the held-out data"] = sha256(config.held_out)
     fit_config = _fit_config(config, len(split[0]), dtype)
     optimizers = _optimizers(config, model)
     memory = memory_line(model, split[0], config.micro_batch_tokens, dtype, config.checkpoint_activations)
@@ -162,7 +170,9 @@ def main(config: Config) -> None:
 def _check(config: Config) -> None:
     _lora(config)
     check_at_least(config, 0, "seed")
-    check_at_least(config, 1, "batch_prompts", "micro_batch_tokens", "max_tokens")
+    check_at_least(config, 1, "batch_prompts", "micro_batch_tokens", "max_tokens", "new_layers")
+    if config.new_layers and config.lora_rank:
+        raise UserError("--new-layers does not go with --lora-rank: choose what is trained")
     if not config.data:
         raise UserError("--data: name at least one file of preferences")
     if not 0 < config.epochs < math.inf:
@@ -182,6 +192,8 @@ def _load(config: Config, tokenizer: Tokenizer, device: torch.device) -> RewardM
         )
     language_model.checkpoint_activations = config.checkpoint_activations
     generator = torch.Generator().manual_seed(config.seed)
+    if config.new_layers:
+        add_blocks(language_model, config.new_layers, generator)
     model = RewardModel(language_model, generator)
     if (lora := _lora(config)) is not None:
         add_lora(model, lora, generator)
@@ -192,15 +204,23 @@ def _lora(config: Config) -> LoRA | None:
     return lora_of(config.lora_rank, config.lora_alpha, config.lora_targets)
 
 
-def _read(config: Config, tokenizer: Tokenizer, most: int) -> Comparisons:
-    rankings = [ranking for path in config.data for ranking in read_rankings(path)]
+def _read(paths: tuple[Path, ...], tokenizer: Tokenizer, most: int) -> Comparisons:
+    rankings = [ranking for path in paths for ranking in read_rankings(path)]
     found = compare(rankings, tokenizer, most)
     if not found.prompts:
         raise UserError(
-            f"{config.data[0]}: nothing to learn from: {found.undecided:,} prompts whose completions are all "
+            f"{paths[0]}: nothing to learn from: {found.undecided:,} prompts whose completions are all "
             f"tied, the same, or too long ({found.overlong:,} have more than {most:,} tokens)"
         )
     return found
+
+
+def _apart(train: list[Comparison], held: list[Comparison]) -> Split:
+    """Raises UserError if a held-out prompt is also one to learn from."""
+    both = {prompt.key for prompt in train} & {prompt.key for prompt in held}
+    if both:
+        raise UserError(f"--held-out: {len(both):,} of its prompts are in --data too; take them out of one")
+    return train, held
 
 
 def _reference(config: Config, tokenizer: Tokenizer, train: list[Comparison], most: int) -> list[list[int]]:
@@ -212,7 +232,12 @@ def _reference(config: Config, tokenizer: Tokenizer, train: list[Comparison], mo
 
 def _optimizers(config: Config, model: RewardModel) -> list[Optimizer]:
     """AdamW on everything; the cast: all that is asked of the model is its parameters."""
-    return make_optimizers(cast(CausalLM, model), "adamw", 1.0, config.adam_lr, config.weight_decay)
+    return make_optimizers(cast(CausalLM, model), "adamw", 1.0, _rate(config), config.weight_decay)
+
+
+def _rate(config: Config) -> float:
+    default = 3e-3 if config.new_layers else 1e-4
+    return default if config.adam_lr is None else config.adam_lr
 
 
 def _writer(config: Config, tokenizer: Tokenizer, origin: dict[str, Any]) -> Callable[..., None]:
@@ -291,6 +316,6 @@ def _print_plan(
         f"{len(train):,} prompts to learn from, {len(held):,} held out; {found}\n"
         f"{parameter_line(model)}; {fit_config.total_steps:,} steps"
         f"{', three times: two controls' if config.controls and held else ''}; AdamW, peak rate "
-        f"{config.adam_lr:.3g}; {fit_config.execution}\n{memory}",
+        f"{_rate(config):.3g}; {fit_config.execution}\n{memory}",
         highlight=False,
     )

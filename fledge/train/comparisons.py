@@ -109,5 +109,10 @@ def memory_line(
     if isinstance(model, RewardModel):
         # No scores over the vocabulary; weights, gradients and moments of its embeddings all the same.
         tables = 16.0 * config.vocab_size * config.hidden_size
-        config = replace(config, vocab_size=1)
+        # Of blocks below the first one that learns nothing is kept but their weights.
+        learns = [any(p.requires_grad for p in block.parameters()) for block in model.model.layers]
+        below = learns.index(True)
+        tables += 4.0 * sum(p.numel() for block in model.model.layers[:below] for p in block.parameters())
+        kinds = config.layer_types[below:]
+        config = replace(config, vocab_size=1, num_hidden_layers=len(learns) - below, layer_types=kinds)
     return check_memory_here(config, setup, device, model.num_parameters(), tables)

@@ -16,7 +16,7 @@ from fledge.engine.decoder import Decoder
 from fledge.engine.engine import Engine
 from fledge.engine.generation import Generation, Request
 from fledge.engine.scheduler import Scheduler
-from fledge.engine.slots import Slots, common_prefix
+from fledge.engine.slots import MIN_SHARED_PREFIX_TOKENS, Slots, common_prefix
 from fledge.errors import UserError
 from fledge.model.kv_cache import KVCache
 from fledge.model.transformer import CausalLM
@@ -408,6 +408,73 @@ def test_common_prefix() -> None:
     for first, second in itertools.product([[], [1], [1, 2], [1, 2, 3], [2, 1], [1, 2, 4, 5]], repeat=2):
         by_hand = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), None)
         assert common_prefix(first, second) == (min(len(first), len(second)) if by_hand is None else by_hand)
+
+
+def stemmed_prompts(count: int, seed: int) -> list[list[int]]:
+    """Prompts that share beginnings of all lengths around the one from which on they are reused."""
+    chosen = random.Random(seed)
+    stems = [[chosen.randrange(256) for _ in range(60)] for _ in range(2)]
+    lengths = [0, 5, 30, 31, 32, 33, 45]
+    return [
+        chosen.choice(stems)[: chosen.choice(lengths)] + chosen.choices(range(3), k=chosen.randint(1, 4))
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_row_with_the_longest_common_prefix_is_found(model: CausalLM, seed: int) -> None:
+    """As if every row were compared: the first of those that share most, where that is worth a copy."""
+    slots = Slots(Decoder(model), 12, 64)
+    with torch.inference_mode():
+        for prompt in stemmed_prompts(12, seed)[: 6 + seed % 7]:
+            rest = prompt[slots.take(prompt, reuse=False) :]
+            list(slots.read(slots.used - 1, [rest]))
+    held = slots._held
+    for prompt in [*stemmed_prompts(40, seed), *(ids for ids in held if ids)]:
+        longest = max(common_prefix(prompt, ids) for ids in held)
+        found, row = slots.shared(prompt)
+        wanted = min(longest, len(prompt) - 1)
+        assert found == wanted if wanted >= MIN_SHARED_PREFIX_TOKENS else found <= wanted
+        if found:
+            assert row == min(row for row in range(12) if common_prefix(prompt, held[row]) == longest)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_who_waits_shares_more_with_a_joining_prompt_than_with_a_row(model: CausalLM, seed: int) -> None:
+    scheduler = Scheduler(Decoder(model), [3], 40, 80)
+    read = [scheduler.submit(Request(prompt, GREEDY))[0] for prompt in stemmed_prompts(4, seed)]
+    scheduler.step()
+    joining = [
+        made
+        for i, prompt in enumerate(stemmed_prompts(36, seed)[4:])
+        for made in scheduler.submit(Request(prompt, replace(GREEDY, n=1 + i % 2, echo=i % 5 == 0)))
+    ]
+    wave, later = scheduler._wave(joining)
+    assert read and later and [g for g in joining if g in wave] == wave
+    for generation in joining:
+        prompt = generation.row.ids
+        earlier = [g for g in wave if joining.index(g) < joining.index(generation)]
+        common = max((common_prefix(prompt, other.row.ids) for other in earlier), default=0)
+        more = common >= MIN_SHARED_PREFIX_TOKENS and common > scheduler.slots.shared(prompt)[0] + 1
+        echoes = generation.request.params.echo and any(g.echoed is generation.echoed for g in earlier)
+        assert (generation in later) == (more or echoes)
+
+
+def test_prompts_that_share_nothing_are_not_compared_with_each_other(
+    model: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number of comparisons grows with the number of requests, not with its square."""
+    compared: list[int] = []
+
+    def spy(first: list[int], second: list[int]) -> int:
+        compared.append(1)
+        return common_prefix(first, second)
+
+    monkeypatch.setattr("fledge.engine.slots.common_prefix", spy)
+    monkeypatch.setattr("fledge.engine.scheduler.common_prefix", spy)
+    prompts = [[i % 256, i // 256, *[7] * 38] for i in range(300)]
+    Engine(model, [], batch_size=300).generate(prompts, replace(GREEDY, max_tokens=1))
+    assert len(compared) < 3 * 300
 
 
 def test_rows_change_places_and_keep_what_they_hold(model: CausalLM) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fledge.errors import UserError
 from fledge.model.checkpoint import load_model, load_reward_model, save_model
 from fledge.model.config import ModelConfig
-from fledge.model.heads import RewardModel
+from fledge.model.heads import RewardModel, add_blocks
 from fledge.model.transformer import CausalLM
 
 
@@ -97,3 +97,34 @@ def test_transformers_gives_the_same_scores(family: str, tied: bool, tmp_path: P
     theirs.save_pretrained(tmp_path / "theirs")
     again = load_reward_model(tmp_path / "theirs")
     torch.testing.assert_close(again(ids, last), model(ids, last))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "mistral"])
+def test_new_blocks_change_nothing_at_first_and_are_all_that_learns(family: str) -> None:
+    plain = RewardModel(language_model(family), torch.Generator().manual_seed(0))
+    grown_lm = language_model(family)
+    add_blocks(grown_lm, 2, torch.Generator().manual_seed(3))
+    grown = RewardModel(grown_lm, torch.Generator().manual_seed(0))
+    ids, last = rows()
+    torch.testing.assert_close(grown(ids, last), plain(ids, last))
+    assert grown.config.num_hidden_layers == plain.config.num_hidden_layers + 2
+    learning = {name for name, parameter in grown.named_parameters() if parameter.requires_grad}
+    own = {name for name, _ in plain.named_parameters()} - {"model.norm.weight", "score.weight"}
+    assert learning == {name for name, _ in grown.named_parameters()} - own
+    grown(ids, last).sum().backward()
+    writes = [block.mlp.down_proj.weight.grad for block in grown.model.layers[2:]]
+    assert all(grad is not None and bool(grad.any()) for grad in writes)
+
+
+def test_new_blocks_have_the_window_of_the_last_one(tmp_path: Path) -> None:
+    config = ModelConfig(
+        "mistral", 50, 16, 24, 2, 4, 2, 4, 32, sliding_window=4, layer_types=("sliding_attention",) * 2
+    )
+    model = CausalLM(config)
+    model.init_weights(torch.Generator().manual_seed(0))
+    add_blocks(model, 1, torch.Generator().manual_seed(1))
+    assert model.config.layer_types == ("sliding_attention",) * 3
+    reward_model = RewardModel(model, torch.Generator().manual_seed(0))
+    save_model(tmp_path, reward_model, NoTokenizer(), {}, [1], pad_id=PAD)
+    ids, last = rows()
+    torch.testing.assert_close(load_reward_model(tmp_path)(ids, last), reward_model(ids, last))

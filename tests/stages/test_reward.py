@@ -275,3 +275,39 @@ def test_an_adapter_is_trained_merged_and_scores_the_same(
     capsys.readouterr()
     assert cli.main(merge) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_new_layers_learn_above_an_assistant_that_stays(
+    flags: list[str], chat_run: Path, tmp_path: Path
+) -> None:
+    assert cli.main([*flags, "--adam-lr", "0.01", "--new-layers", "1", "--no-controls"]) == 0
+    found = summary(tmp_path / "run")
+    assert found["accuracy"]["rate"] > 0.9
+    before = load_model(chat_run / "model")
+    after = load_reward_model(tmp_path / "run" / "model")
+    assert after.config.num_hidden_layers == before.config.num_hidden_layers + 1
+    for name, weight in before.model.named_parameters():
+        if name != "norm.weight":
+            torch.testing.assert_close(after.model.get_parameter(name), weight, rtol=0, atol=0)
+
+
+def test_held_out_files_are_what_is_examined(flags: list[str], preferences: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in preferences.read_text().splitlines()]
+    names = sorted({row["prompt"] for row in rows})
+    held = set(names[::4])
+    train = write_jsonl(tmp_path / "train.jsonl", [row for row in rows if row["prompt"] not in held])
+    other = write_jsonl(tmp_path / "other.jsonl", [row for row in rows if row["prompt"] in held])
+    flags[flags.index("--data") + 1] = str(train)
+    assert cli.main([*flags, "--held-out", str(other), "--no-controls"]) == 0
+    found = summary(tmp_path / "run")
+    assert (found["prompts"], found["held_out"]) == (len(names) - len(held), len(held))
+    assert {
+        json.loads(line)["prompt"] for line in (tmp_path / "run/pairs.jsonl").read_text().splitlines()
+    } <= held
+
+
+def test_held_out_prompts_are_not_learned(
+    flags: list[str], preferences: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*flags, "--held-out", str(preferences)]) == 2
+    assert "60 of its prompts are in --data too" in capsys.readouterr().err
