@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +21,9 @@ from fledge.engine.choices import choice_logps
 from fledge.engine.constraints import choices_of
 from fledge.engine.engine import Engine
 from fledge.engine.products import WEIGHTS, WeightsName
+from fledge.engine.prompts import read_prompts
 from fledge.engine.sampling import validate
+from fledge.engine.search_texts import EarlyStoppingName, Strategy, search_of, search_texts
 from fledge.engine.settings import banned_sequences, logit_bias, read_constraint, split_biases
 from fledge.engine.terminal import (
     mask_cost,
@@ -65,8 +68,9 @@ class Config:
     """Print the prompt before its continuation; with --show-logprobs, score it too."""
     show_logprobs: int | None = None
     """Show the probability of each token and of this many alternatives, on stderr (0: none)."""
-    temperature: float = 0.8
-    """Randomness: 0 always takes the most probable token (greedy), 1 samples from the model as it is."""
+    temperature: float | None = None
+    """Randomness: 0 always takes the most probable token (greedy), 1 samples from the model as it is.
+    By default 0.8; 1 for a search."""
     top_k: int | None = None
     """Sample among this many most probable tokens only."""
     top_p: float | None = None
@@ -105,6 +109,21 @@ class Config:
     """Show how probable each of the --choices is, on stderr (with --batch: in --out)."""
     n: int = 1
     """Continuations of each prompt."""
+    beams: int | None = None
+    """Beam search: follow this many prefixes and print the --n best texts."""
+    length_penalty: float | None = None
+    """With --beams: scores are log-probabilities divided by (tokens) ** this (default 1; 0: by nothing)."""
+    early_stopping: EarlyStoppingName | None = None
+    """With --beams: end when as many texts are whole (true), when the best prefix is worse at its present
+    length (false, the default), or when it would be at any length (never)."""
+    stochastic: bool = False
+    """With --beams: texts sampled without replacement instead of the best."""
+    strategy: Strategy = "sample"
+    """sample chooses token by token; exact searches for the most probable whole text, with a certificate."""
+    max_expansions: int | None = None
+    """With --strategy exact: give up after looking behind this many prefixes (default 10,000)."""
+    max_seconds: float | None = None
+    """With --strategy exact: give up after this time."""
     best_of: int | None = None
     """With --chat: make this many answers to each prompt and print the one with the highest reward."""
     reward_model: Path | None = None
@@ -121,12 +140,20 @@ def main(config: Config) -> None:
     """Print the continuations: as they are made if there is one and stdout is a terminal."""
     if config.n < 1:
         raise UserError(f"--n {config.n} is below 1")
+    search = search_of(
+        config.strategy, config.beams, config.length_penalty, config.early_stopping, config.stochastic,
+        config.max_expansions, config.max_seconds,
+    )  # fmt: skip
+    if search is not None and (config.batch is not None or config.best_of is not None):
+        raise UserError("--beams and --strategy exact do not go with --batch and --best-of")
+    if search is not None and config.show_logprobs is not None and (config.show_logprobs or config.echo):
+        raise UserError("a search has the probability of its own tokens only: --show-logprobs 0, no --echo")
     if config.batch is not None:
         run_batch(config)
         return
     if config.out is not None or config.strict or config.overwrite:
         raise UserError("--out, --strict and --overwrite go with --batch FILE; a continuation is on stdout")
-    prompts = list(read_prompts(config))
+    prompts = list(read_prompts(config.prompt, config.prompt_file))
     if config.best_of is not None or config.reward_model is not None:
         print_best(config, prompts)
         return
@@ -141,9 +168,16 @@ def main(config: Config) -> None:
     if config.show_probabilities and choices is None:
         raise UserError("--show-probabilities goes with --choices TEXT ...")
     started = time.perf_counter()
-    repeated = [i for i in range(len(prompts)) for _ in range(config.n)]
+    found = [] if search is None else search_texts(engine, tokenizer, prompt_ids, params, search)
+    counts = [config.n] * len(prompts) if search is None else list(map(len, found))
+    repeated = [i for i, count in enumerate(counts) for _ in range(count)]
     shown = [prompts[i] if config.echo else "" for i in repeated]
-    if len(repeated) == 1 and sys.stdout.isatty() and config.show_logprobs is None:
+    if search is not None:
+        made = [completion for texts in found for completion, _ in texts]
+        print_all([prompts[i] for i in repeated], shown, made)
+        for i, (_, known) in enumerate(itertools.chain.from_iterable(found), start=1):
+            print(f"{i}: {known}" if len(made) > 1 else known, file=sys.stderr)
+    elif len(repeated) == 1 and sys.stdout.isatty() and config.show_logprobs is None:
         print(terminal_safe(shown[0]), end="", flush=True)
         made = [stream_to_terminal(engine, tokenizer, prompt_ids[0], params)]
     else:
@@ -177,9 +211,10 @@ def print_best(config: Config, prompts: list[str]) -> None:
 
 def load(config: Config) -> tuple[Engine, Tokenizer, SamplingParams]:
     """The model and the sampling settings."""
+    default = 0.8 if config.beams is None and config.strategy == "sample" else 1.0
     biases = split_biases(config.logit_bias)
     params = SamplingParams(
-        temperature=config.temperature,
+        temperature=default if config.temperature is None else config.temperature,
         top_k=config.top_k,
         top_p=config.top_p,
         min_p=config.min_p,
@@ -260,28 +295,3 @@ def batch_progress() -> Iterator[batch.Progress]:
                 print(f"{done:,} of {total:,} {figures}", file=sys.stderr, flush=True)
 
         yield show
-
-
-def read_prompts(config: Config) -> Iterator[str]:
-    """The prompts in order: flags, then the file. Raises UserError if there is none, or one is not UTF-8."""
-    if not config.prompt and config.prompt_file is None:
-        raise UserError("nothing to continue: give --prompt TEXT, --prompt - (stdin) or --prompt-file FILE")
-    if config.prompt.count("-") > 1:
-        raise UserError("--prompt - is given twice; stdin can be read once")
-    for prompt in config.prompt:
-        yield _text(sys.stdin.buffer.read(), "stdin") if prompt == "-" else prompt
-    if config.prompt_file is not None:
-        try:
-            raw = config.prompt_file.read_bytes()
-        except OSError as error:
-            raise UserError(f"{config.prompt_file}: cannot read the prompt: {error.strerror}") from None
-        yield _text(raw, str(config.prompt_file))
-
-
-def _text(raw: bytes, where: str) -> str:
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{where}:{line}: not valid UTF-8 (byte {error.start}); save it as UTF-8") from None
-    return text.replace("\r\n", "\n").removesuffix("\n")
