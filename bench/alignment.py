@@ -184,7 +184,7 @@ def our_ppo(turns: Turns) -> None:
     World.play = turns.clocked("generation", World.play)  # type: ignore[method-assign]
     ppo.experience_of = turns.clocked("scoring", ppo.experience_of)
     stage = Config(
-        model=Path(), prompts=(), reward="", rollouts=10**6, batch_prompts=BATCH, max_tokens=NEW_TOKENS,
+        model=Path(), prompts=(), reward=(), rollouts=10**6, batch_prompts=BATCH, max_tokens=NEW_TOKENS,
         epochs=1, minibatches=1,
     )  # fmt: skip
     settings = Settings(**{field.name: getattr(stage, field.name) for field in fields(Settings)})

@@ -26,6 +26,7 @@ VERBS: dict[str, str] = {
     "reward": "train a reward model on preferences, and examine it",
     "dpo": "train a model on preferences directly",
     "ppo": "train a model by reinforcement learning from a reward",
+    "grpo": "train a model on a task that a program can check",
     "score": "give conversations the rewards of a reward model",
     "task addition": "write reversed addition: problems, worked examples, tests",
     "task countdown": "write Countdown: problems, worked searches, tests",

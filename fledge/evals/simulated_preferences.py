@@ -79,8 +79,8 @@ def ranked(
             names.append("padded")
         if len(set(ranks)) < 2:
             continue
+        i, j = random.choice(len(ranks), 2, replace=False)  # always drawn: noise changes nothing else
         if slips < noise:
-            i, j = random.choice(len(ranks), 2, replace=False)
             ranks[i], ranks[j] = ranks[j], ranks[i]
         found.append(
             {

@@ -15,9 +15,9 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter
 
-from fledge.report.page import interval, percent, printable
+from fledge.report.page import printable
 
 Row = dict[str, Any]
 
@@ -121,44 +121,6 @@ def to_svg(figure: Figure, name: str, description: str) -> Markup:
     return Markup('<svg {} role="img" aria-label="{}">{}').format(
         Markup(view_box[0]), description, Markup(text)
     )
-
-
-def share_chart(measure: Measure) -> Markup:
-    """Bars with their intervals: a measure's shares, and its control below them."""
-    names = ["base, plainly", "base, few-shot", "assistant"]
-    colours = [COLOURS["model-1"], COLOURS["model-2"], COLOURS["model-3"]]
-    shares = list(measure.shares.values())
-    if measure.control is not None:
-        names.append(str(measure.control_name))
-        colours.append("none")
-        shares.append(measure.control)
-    figure = new_figure(132)
-    axes = figure.add_subplot()
-    places = range(len(shares))
-    edges = [COLOURS["muted"] if colour == "none" else colour for colour in colours]
-    axes.barh(places, [s["rate"] for s in shares], height=0.62, color=colours, edgecolor=edges, linewidth=0.9)
-    for place, share in zip(places, shares, strict=True):
-        low, high = (share[end] if end in share else share["rate"] for end in ("low", "high"))
-        axes.plot([low, high], [place, place], color=COLOURS["ink"], linewidth=1.1, solid_capstyle="butt")
-        for end in {low, high}:
-            axes.plot([end, end], [place - 0.14, place + 0.14], color=COLOURS["ink"], linewidth=1.1)
-        axes.text(max(high, share["rate"]) + 0.015, place, percent(share["rate"]), va="center", fontsize=10.5)
-    axes.set_yticks(places, names)
-    axes.tick_params(axis="y", length=0, labelcolor=COLOURS["ink"])
-    axes.set_ylim(3.5, -0.5)
-    axes.set_xlim(0, 1.16)
-    axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.grid(False, axis="y")
-    axes.spines["left"].set_visible(False)
-    axes.spines["bottom"].set_bounds(0, 1)
-    said = "; ".join(f"{name} {_spoken(share)}" for name, share in zip(names, shares, strict=True))
-    return to_svg(figure, f"share-{measure.key.replace('_', '-')}", f"Bar chart: {said}.")
-
-
-def _spoken(share: Row) -> str:
-    bounds = f" (95% interval {interval(share)})" if "low" in share else ""
-    return percent(share["rate"]) + bounds
 
 
 def _column(rows: Sequence[Row], name: str) -> tuple[list[float], list[float]]:

@@ -9,17 +9,10 @@ from typing import Any
 
 from fledge.errors import UserError
 from fledge.files import read_json, read_jsonl, write_text
-from fledge.report.charts import (
-    Chart,
-    Measure,
-    Row,
-    chart_style,
-    loss_chart,
-    rate_chart,
-    share_chart,
-    validation_chart,
-)
+from fledge.report import alignment
+from fledge.report.charts import Chart, Measure, Row, chart_style, loss_chart, rate_chart, validation_chart
 from fledge.report.page import environment
+from fledge.report.shares import share_bars
 
 RIGHT_F1 = 0.8
 QUESTIONS_SHOWN = {"eval_seen": 8, "eval_test": 8, "eval_invented": 4}
@@ -28,6 +21,7 @@ MODELS = {
     "base-few-shot": "base model, few-shot prompt",
     "sft": "assistant (SFT)",
 }
+SHORT = {"base-plain": "base, plainly", "base-few-shot": "base, few-shot", "sft": "assistant"}
 SHARES = ("seen", "test", "invented_refused", "test_wrongly_refused")
 # What the report cannot do without, as paths into summary.json.
 REQUIRED = (
@@ -45,32 +39,62 @@ def write_demo_report(out: Path) -> Path:
     any other file is missing, its section is left out.
     """
     summary = read_json(out / "summary.json")
-    _require(summary, out / "summary.json")
+    _require(summary, out / "summary.json", REQUIRED)
+    if "alignment" in summary:
+        aligned = tuple(f"models.aligned.{share}.{key}" for share in SHARES for key in ("rate", "n"))
+        _require(summary, out / "summary.json", (*alignment.REQUIRED, *aligned))
     headline = _headline(summary)
+    models = _models(summary)
+    final = "aligned" if "aligned" in models else "sft"
+    section = None
     with chart_style():
-        charts = {"shares": {m.key: share_chart(m) for m in headline}, "curves": _curves(out)}
+        short = SHORT if final == "sft" else {**SHORT, "sft": "SFT", "aligned": "SFT, " + _method(summary)}
+        shares = {m.key: share_bars(m, {model: short[model] for model in models}) for m in headline}
+        curves = _curves(out, summary.get("alignment"))
+        if final == "aligned":
+            section = alignment.alignment_section(summary["alignment"], out)
     context = {
-        **charts,
+        "shares": shares,
+        "curves": curves,
+        "alignment": section,
         "summary": summary,
-        "assistant": summary["models"]["sft"],
-        "models": MODELS,
+        "assistant": summary["models"][final],
+        "final": final,
+        "models": models,
+        "shown": _shown(models),
         "headline": headline,
-        "chat": f"fledge chat --model {shlex.quote(str(out / 'sft/model'))}",
+        "chat": f"fledge chat --model {shlex.quote(str(out / final / 'model'))}",
         "bits": _bits(summary),
-        "answers": _answers(out),
+        "answers": _answers(out, _shown(models)),
         "samples": _samples(out),
         "manifest": _optional_json(out / "corpus/manifest.json"),
         "environment": _optional_json(out / "base/environment.json"),
-        "evaluation_seconds": _evaluation_seconds(out),
-        "configs": _configs(out),
+        "evaluation_seconds": _evaluation_seconds(out, models),
+        "configs": _configs(out, models),
     }
     page = environment().get_template("report.html").render(context)
     write_text(out / "report.html", page)
     return out / "report.html"
 
 
-def _require(summary: Any, path: Path) -> None:
-    for dotted in REQUIRED:
+def _method(summary: Mapping[str, Any]) -> str:
+    return str(summary["alignment"]["method"]).upper()
+
+
+def _models(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The models that were evaluated, with their titles; the aligned one if there is one."""
+    aligned = {"aligned": f"assistant after {_method(summary)}"} if "alignment" in summary else {}
+    return {**MODELS, **aligned}
+
+
+def _shown(models: Mapping[str, str]) -> dict[str, str]:
+    """The three models whose answers stand side by side."""
+    left_out = "base-few-shot" if "aligned" in models else "aligned"
+    return {name: title for name, title in models.items() if name != left_out}
+
+
+def _require(summary: Any, path: Path, required: tuple[str, ...]) -> None:
+    for dotted in required:
         value = summary
         for key in dotted.split("."):
             if not isinstance(value, dict) or key not in value:
@@ -95,16 +119,18 @@ def _optional_rows(path: Path, *fields: str) -> list[Row] | None:
     return rows
 
 
-def _evaluation_seconds(out: Path) -> float | None:
-    found = [_optional_json(out / "evaluate" / name / "summary.json") for name in MODELS]
+def _evaluation_seconds(out: Path, models: Mapping[str, str]) -> float | None:
+    found = [_optional_json(out / "evaluate" / name / "summary.json") for name in models]
     seconds = [each["seconds"] for each in found if each and "seconds" in each]
     return sum(seconds) if len(seconds) == len(found) else None
 
 
-def _configs(out: Path) -> dict[str, str]:
+def _configs(out: Path, models: Mapping[str, str]) -> dict[str, str]:
     """The settings of each stage as they were saved, by the stage's name."""
     stages = {"pretrain": "base", "sft": "sft"}
-    stages |= {f"evaluate, {title}": f"evaluate/{name}" for name, title in MODELS.items()}
+    if "aligned" in models:
+        stages |= {"reward": "reward", "alignment": "aligned"}
+    stages |= {f"evaluate, {title}": f"evaluate/{name}" for name, title in models.items()}
     paths = {stage: out / folder / "config.toml" for stage, folder in stages.items()}
     return {stage: path.read_text(encoding="utf-8") for stage, path in paths.items() if path.exists()}
 
@@ -121,21 +147,23 @@ def _headline(summary: Mapping[str, Any]) -> list[Measure]:
         control = summary["controls"].get(field)
         if isinstance(control, int | float):  # a share without its counts
             control = {"rate": control}
-        shares = {model: summary["models"][model][key] for model in MODELS}
+        shares = {model: summary["models"][model][key] for model in _models(summary)}
         measures.append(Measure(key, shares, name if control else None, control))
     return measures
 
 
 def _bits(summary: Mapping[str, Any]) -> list[Row]:
-    base, sft = (summary["models"][name].get("bits_per_byte") or {} for name in ("base-plain", "sft"))
-    return [{"source": name, "base": base[name], "sft": sft[name]} for name in base if name in sft]
+    models = [name for name in _models(summary) if name != "base-few-shot"]
+    bits = [summary["models"][name].get("bits_per_byte") or {} for name in models]
+    sources = [source for source in bits[0] if all(source in figures for figures in bits)]
+    return [{"source": source, "bits": [figures[source] for figures in bits]} for source in sources]
 
 
-def _answers(out: Path) -> dict[str, list[Row]] | None:
+def _answers(out: Path, models: Mapping[str, str]) -> dict[str, list[Row]] | None:
     """Some questions of each set, evenly chosen, with every model's answer and what it is worth."""
     fields = ("set", "question", "gold", "answer", "f1", "refused")
     tables: dict[str, dict[tuple[str, str], Row]] = {}
-    for model in MODELS:
+    for model in models:
         rows = _optional_rows(out / "evaluate" / model / "answers.jsonl", *fields)
         if not rows:
             return None
@@ -151,7 +179,7 @@ def _answers(out: Path) -> dict[str, list[Row]] | None:
                 "gold": tables["sft"][key]["gold"],
                 "answers": [
                     {"model": title, "text": tables[model][key]["answer"], "mark": _mark(tables[model][key])}
-                    for model, title in MODELS.items()
+                    for model, title in models.items()
                 ],
             }
             for key in keys
@@ -179,9 +207,10 @@ def _samples(out: Path) -> list[Row]:
     ]
 
 
-def _curves(out: Path) -> list[Chart]:
-    """Losses, validation and learning rates of the two training stages, as far as they were logged."""
-    base, sft = (_optional_rows(out / run / "metrics.jsonl", "tokens") or [] for run in ("base", "sft"))
+def _curves(out: Path, aligned: Mapping[str, Any] | None) -> list[Chart]:
+    """Losses, validation and learning rates of the training stages, as far as they were logged."""
+    runs = ("base", "sft", "reward", "aligned")
+    base, sft, *pairs = (_optional_rows(out / run / "metrics.jsonl", "tokens") or [] for run in runs)
     charts: list[Chart | None] = [
         loss_chart("pretraining", base, "Pretraining: loss", "nats per token of the training text"),
         validation_chart(base),
@@ -190,4 +219,6 @@ def _curves(out: Path) -> list[Chart]:
         ),
         rate_chart({"pretraining": base, "fine-tuning": sft}),
     ]
+    if aligned:
+        charts += alignment.alignment_curves(aligned["method"], *pairs)
     return [chart for chart in charts if chart is not None]

@@ -12,14 +12,15 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
 from fledge.config import check_at_least, to_toml
 from fledge.data.stdlib import build_corpus
 from fledge.errors import UserError
-from fledge.evals.facts import NgramNameClassifier, Share, is_right, nearest_name_baseline
+from fledge.evals.demo import summarise
+from fledge.evals.demo_alignment import best_of_n, compare, make_preferences
 from fledge.files import read_json, read_jsonl, write_json
 from fledge.report.demo import write_demo_report
 from fledge.run import Run
@@ -32,6 +33,10 @@ MIXTURE = {"facts": 0.86, "questions": 0.04, "chats": 0.08, "topics": 0.01, "sou
 BATCH_TOKENS = 2048
 QUESTION_SETS = ("eval_seen", "eval_test", "eval_invented")
 VALIDATION_SHARE = 0.02
+REWARD = {"new_layers": 2, "batch_prompts": 8, "epochs": 2, "no_controls": True}
+DPO = {"epochs": 1, "batch_prompts": 16, "adam_lr": 1e-4, "validation_share": 0}
+PPO = {"batch_prompts": 64, "max_tokens": 48, "epochs": 2, "minibatches": 2, "validation_share": 0}
+PPO_ROLLOUTS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +61,10 @@ class Config:
     """Seed of weights and data order."""
     without_test_documents: bool = False
     """Leave the documents of the test names out of the corpus: the control that could not have read them."""
+    align: Literal["dpo", "ppo", "none"] = "none"
+    """Go on with simulated preferences, a reward model and an aligned model: some minutes more."""
     limit: int | None = None
-    """Ask only the first questions of each set."""
+    """Ask only the first questions of each set, and make at most so many roll-outs of PPO."""
     overwrite: bool = False
     """Delete what --out holds of an earlier demo."""
 
@@ -75,9 +82,13 @@ def main(config: Config) -> None:
     started = time.perf_counter()
     try:
         _raise_models(config, console)
+        if config.align != "none":
+            _align(config, console)
     finally:  # an interrupted demo adds up the time of all its runs
         seconds = _add_seconds(config.out / "seconds.json", time.perf_counter() - started)
-    write_json(config.out / "summary.json", {**_summary(config), "seconds": round(seconds, 1)})
+    write_json(
+        config.out / "summary.json", {**summarise(config.out, config.align), "seconds": round(seconds, 1)}
+    )
     _say_goodbye(console, config, write_demo_report(config.out))
 
 
@@ -129,11 +140,51 @@ def _raise_models(config: Config, console: Console) -> None:
         batch_tokens=BATCH_TOKENS,
         seed=config.seed,
     )
-    scored = {"data": [f"{name}={corpus / name}.jsonl" for name in MIXTURE], "held_out": VALIDATION_SHARE}
+    scored = _scored(config)
     few_shot = {"ask": "plain", "few_shot": corpus / "few_shot.txt"}
     _evaluate(config, console, "base-plain", out / "base/model", ask="plain", **scored)
     _evaluate(config, console, "base-few-shot", out / "base/model", **few_shot)
     _evaluate(config, console, "sft", out / "sft/model", **scored)
+
+
+def _align(config: Config, console: Console) -> None:
+    """Preferences, a reward model, best-of-n, an aligned model, its answers, and what has changed."""
+    out, corpus, sft = config.out, config.out / "corpus", config.out / "sft/model"
+    preferences, reward, aligned = out / "preferences", out / "reward/model", out / "aligned/model"
+    if not preferences.is_dir():
+        _say(console, "asking the assistant several times each, and judging by a written rule")
+        make_preferences(sft, corpus / "preference.jsonl", preferences, config.seed, config.limit)
+    held = preferences / "held_out.jsonl"
+    examined: dict[str, Any] = {"held_out": held} if held.stat().st_size else {"validation_share": 0}
+    learned = {"model": sft, "seed": config.seed}
+    judged = {"data": preferences / "train.jsonl", **learned}
+    _run(console, "reward", **judged, **examined, out=out / "reward", **REWARD)
+    if not (out / "best_of.json").exists():
+        _say(console, "choosing the best of several answers by the reward model")
+        write_json(out / "best_of.json", best_of_n(sft, reward, corpus, config.seed, config.limit))
+    if config.align == "dpo":
+        _run(console, "dpo", data=preferences / "own.jsonl", **learned, out=out / "aligned", **DPO)
+    else:
+        rolled = {"rollouts": min(PPO_ROLLOUTS, config.limit or PPO_ROLLOUTS), **PPO}
+        asked = {"prompts": preferences / "prompts.jsonl", "reward": reward, **learned}
+        _run(console, "ppo", **asked, out=out / "aligned", **rolled)
+    _evaluate(config, console, "aligned", aligned, **_scored(config))
+    if not (out / "comparison.json").exists():
+        _say(console, "comparing the aligned model with the assistant before")
+        answers = out / "evaluate/sft/answers.jsonl", out / "evaluate/aligned/answers.jsonl"
+        models = sft, aligned
+        found = compare(answers, models, reward, corpus, config.seed, config.limit)
+        write_json(out / "comparison.json", found)
+
+
+def _scored(config: Config) -> dict[str, Any]:
+    """Texts whose held-out documents an evaluation scores."""
+    corpus = config.out / "corpus"
+    return {"data": [f"{name}={corpus / name}.jsonl" for name in MIXTURE], "held_out": VALIDATION_SHARE}
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(f"\n{text}", highlight=False)
 
 
 def _evaluate(config: Config, console: Console, name: str, model: Path, **settings: Any) -> None:
@@ -145,7 +196,8 @@ def _evaluate(config: Config, console: Console, name: str, model: Path, **settin
 
 
 def _say_goodbye(console: Console, config: Config, report: Path) -> None:
-    chat = f"{_program()} chat --model {config.out / 'sft/model'}"
+    aligned, sft = config.out / "aligned/model", config.out / "sft/model"
+    chat = f"{_program()} chat --model {aligned if aligned.is_dir() else sft}"
     known, invented = (
         next(read_jsonl(config.out / f"corpus/eval_{questions}.jsonl"))[1]["question"]
         for questions in ("seen", "invented")
@@ -166,7 +218,8 @@ def _run(console: Console, verb: str, **settings: Any) -> None:
     """Run a verb as a command; its own errors are shown by itself."""
     flags: list[str] = []
     for name, value in settings.items():
-        flags += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        flags += [f"--{name.replace('_', '-')}", *map(str, values)]
     shown = " ".join(map(shlex.quote, flags)).replace("\n", "\\n")
     console.print(f"\n$ fledge {verb} {shown}", style="bold", highlight=False, markup=False, soft_wrap=True)
     code = _wait_for([sys.executable, "-m", "fledge", verb, *flags])
@@ -211,51 +264,3 @@ def _add_seconds(path: Path, seconds: float) -> float:
     total: float = seconds + (read_json(path)["seconds"] if path.exists() else 0.0)
     write_json(path, {"seconds": total})
     return total
-
-
-def _summary(config: Config) -> dict[str, Any]:
-    """What the report claims, from the files of the stages."""
-    out = config.out
-    base, sft = read_json(out / "base/summary.json"), read_json(out / "sft/summary.json")
-    models: dict[str, Any] = {}
-    for name in ("base-plain", "base-few-shot", "sft"):
-        summary = read_json(out / "evaluate" / name / "summary.json")
-        sets = summary["questions"]
-        models[name] = {
-            "bits_per_byte": summary["bits_per_byte"],
-            "seen": sets["eval_seen"]["right"],
-            "test": sets["eval_test"]["right"],
-            "invented_refused": sets["eval_invented"]["refused"],
-            "test_wrongly_refused": sets["eval_test"]["refused"],
-            "seen_wrongly_refused": sets["eval_seen"]["refused"],
-        }
-    manifest = read_json(out / "corpus/manifest.json")
-    return {
-        "stage": "demo",
-        "parameters": base["parameters"],
-        "facts": manifest["facts"],
-        "splits": manifest["splits"],
-        "corpus_fingerprint": manifest["fingerprint"],
-        "python": manifest["python"],
-        "pretrain": base,
-        "sft": sft,
-        "models": models,
-        "controls": _controls(out / "corpus"),
-    }
-
-
-def _controls(corpus: Path) -> dict[str, Any]:
-    """What spelling alone gives: the nearest taught name's answer, and a classifier of invented names."""
-    names = read_json(corpus / "names.json")
-    taught = sorted(names["taught"].items())
-    test = [row for _, row in read_jsonl(corpus / "eval_test.jsonl")]
-    invented = [row["name"] for _, row in read_jsonl(corpus / "eval_invented.jsonl")]
-    nearest = nearest_name_baseline(taught, [row["name"] for row in test])
-    right = sum(is_right(found, row["answer"]) for found, row in zip(nearest, test, strict=True))
-    spelling = NgramNameClassifier([name for name, _ in taught], names["invented"]["sft"])
-    control = spelling.evaluate([row["name"] for row in test], invented)
-    return {
-        "nearest_name_test": Share(right, len(test)).as_dict(),
-        "spelling_refuses_invented": control.refused_invented.as_dict(),
-        "spelling_wrongly_refuses_test": control.wrongly_refused.as_dict(),
-    }

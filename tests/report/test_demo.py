@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from fledge.errors import UserError
+from fledge.report.alignment import turn_sentence
 from fledge.report.demo import write_demo_report
 
 SUMMARIES = {
@@ -152,6 +153,87 @@ def answers(model: str, rng: random.Random) -> Iterator[dict[str, Any]]:
             yield {**row, "finish_reason": "stop"}
 
 
+def mean(value: float, half: float, n: int) -> dict[str, float]:
+    return {"mean": value, "low": value - half, "high": value + half, "n": n}
+
+
+def alignment() -> dict[str, Any]:
+    """What the demo says of its alignment, with figures that stand nowhere else."""
+    golds = {1: 0.3131, 2: 0.3737, 4: 0.4141, 8: 0.4343, 16: 0.4242}
+    curve = [
+        {"n": n, "kl": math.log(n) - (n - 1) / n, "reward": -1.357 + 0.2 * math.log(n), "gold": gold,
+         "gold_low": gold - 0.05, "gold_high": gold + 0.05}
+        for n, gold in golds.items()
+    ]  # fmt: skip
+    kinds = {"right against wrong": share(181, 213), "unknown against invented": share(57, 71)}
+    change = {"before": 0.0667, "after": 0.0317, "difference": mean(-0.035, 0.016, 500)}
+    return {
+        "method": "dpo",
+        "preferences": {
+            "questions": 4356,
+            "answers": 4,
+            "temperature": 1.3,
+            "slips": 0.1,
+            "train": {"questions": 3826, "rankings": 2859},
+            "held_out": {"questions": 530, "rankings": 402},
+            "seconds": 77.1,
+        },
+        "reward": {
+            "accuracy": share(811, 1003),
+            "by_kinds": {name: {"accuracy": kind, "blind": None} for name, kind in kinds.items()},
+            "seconds": 111.4,
+        },
+        "best_of": {
+            "prompts": 200,
+            "answers": 16,
+            "curve": curve,
+            "by_set": {
+                "eval_test": [{"n": 1, "gold": 0.5281}, {"n": 16, "gold": 0.6937}],
+                "eval_invented": [{"n": 1, "gold": -0.2213}, {"n": 16, "gold": -0.4419}],
+            },
+            "peak": 8,
+            "gain_to_peak": mean(0.1212, 0.04, 200),
+            "last_minus_peak": mean(-0.0101, 0.02, 200),
+            "seconds": 37.2,
+        },
+        "training": {"seconds": 93.6, "steps": 179},
+        "comparison": {
+            "invented_answered": change,
+            "test_wrongly_refused": {
+                "before": 0.0607,
+                "after": 0.0753,
+                "difference": mean(0.0146, 0.02, 412),
+            },
+            "test_right": {"before": 0.6578, "after": 0.6699, "difference": mean(0.0121, 0.015, 412)},
+            "kl": mean(2.345, 0.25, 200),
+            "aligned": {"reward": mean(-0.789, 0.11, 200), "gold": mean(0.4646, 0.06, 200)},
+            "seconds": 22.9,
+        },
+    }
+
+
+def write_alignment(demo: Path) -> Path:
+    """Make a run without an alignment one that has it."""
+    shares = {"seen": (499, 500), "test": (276, 412), "invented": (484, 500), "wrongly": (31, 412)}
+    summary = json.loads((demo / "summary.json").read_text(encoding="utf-8"))
+    summary["alignment"] = alignment()
+    keys = {"seen": "seen", "test": "test", "invented": "invented_refused", "wrongly": "test_wrongly_refused"}
+    bits = {"facts": 0.3203, "questions": 0.2908, "topics": 2.1915, "source": 1.8623}
+    aligned = {key: share(*shares[name]) for name, key in keys.items()}
+    summary["models"]["aligned"] = {**aligned, "bits_per_byte": bits}
+    (demo / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    for folder in ("reward", "aligned", "evaluate/aligned"):
+        (demo / folder).mkdir()
+        (demo / folder / "config.toml").write_text(f'out = "{folder}"', encoding="utf-8")
+    (demo / "reward/report.html").write_text("<!DOCTYPE html>", encoding="utf-8")
+    (demo / "evaluate/aligned/summary.json").write_text('{"seconds": 21.5}', encoding="utf-8")
+    write_jsonl(demo / "evaluate/aligned/answers.jsonl", answers("sft", random.Random("aligned")))
+    rows = [{"step": s, "tokens": 3000 * s, "loss": 0.69 - 0.001 * s, "lr": 1e-4} for s in range(1, 180)]
+    for folder in ("reward", "aligned"):
+        write_jsonl(demo / folder / "metrics.jsonl", rows)
+    return demo
+
+
 def write_jsonl(path: Path, rows: Iterator[dict[str, Any]] | list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -212,6 +294,11 @@ def demo(tmp_path: Path) -> Path:
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The report of an untouched run."""
     return report(write_demo_run(tmp_path_factory.mktemp("runs") / "demo"))
+
+
+@pytest.fixture
+def aligned(demo: Path) -> Path:
+    return write_alignment(demo)
 
 
 def report(out: Path) -> str:
@@ -443,3 +530,99 @@ def test_long_runs_are_thinned(demo: Path) -> None:
     rows = [{"step": s, "tokens": s * 4096, "loss": 1 + math.sin(s), "lr": 0.1} for s in range(1, 40_001)]
     write_jsonl(demo / "base/metrics.jsonl", rows)
     assert len(report(demo)) < 600_000
+
+
+# With an alignment.
+
+
+def test_the_alignment_has_its_sections(aligned: Path) -> None:
+    text = report(aligned)
+    page = Page(text)
+    assert len(set(page.ids)) == len(page.ids)
+    assert page.headings == [
+        "What the models know",
+        "Preferences and reward model",
+        "SFT against aligned",
+        "How well they predict text",
+        "How the training went",
+        "The same questions, side by side",
+        "What the base model writes while it learns",
+        "The run",
+    ]
+    assert "fledge chat --model " + str(aligned / "aligned/model") in page.text
+    charts = [attrs for tag, attrs in page.tags if tag == "svg"]
+    assert len(charts) == 12  # those of before, best-of-n twice, the losses of reward model and DPO
+    assert all(len(str(chart["aria-label"])) > 40 for chart in charts)
+
+
+def test_the_alignment_says_that_labels_are_simulated_and_links_the_examination(aligned: Path) -> None:
+    text = report(aligned)
+    said = Page(text).text
+    assert "simulated : no person made them, but a written rule" in said
+    assert "in 10% of them two places are exchanged" in said
+    links = [attrs["href"] for tag, attrs in Page(text).tags if tag == "a"]
+    assert links == ["reward/report.html"]
+    (aligned / "reward/report.html").unlink()
+    assert "<a " not in report(aligned)
+
+
+def test_the_alignment_has_every_figure(aligned: Path) -> None:
+    said = Page(report(aligned)).text
+    figures = ["4,356", "2,859", "402", "80.9%", "of 1,003", "85.0%", "80.3%", "213", "71"]
+    figures += ["6.7%", "3.2%", "\N{MINUS SIGN}3.5", "\N{MINUS SIGN}5.1 to \N{MINUS SIGN}1.9", "+1.5", "+1.2"]
+    figures += ["for test names from 0.53 to 0.69", "from \N{MINUS SIGN}0.22 to \N{MINUS SIGN}0.44"]
+    figures += ["2.35", "2.10 to 2.60", "\N{MINUS SIGN}0.79", "0.46", "\N{MINUS SIGN}1.36", "0.31"]
+    figures += ["1 min 17 s", "1 min 51 s", "37 s", "1 min 34 s", "23 s"]
+    for figure in figures:
+        assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", said), figure
+
+
+def test_headline_has_a_column_for_the_aligned_model(aligned: Path) -> None:
+    table = report(aligned).split('class="stack measures"')[1].split("</table>")[0]
+    head, body = table.split("<tbody")
+    assert head.count('class="chief">Assistant after DPO') == 1
+    cells = [re.findall(r"<strong>([\d.]+%)</strong>", row) for row in body.split("<tr")[1:]]
+    assert [row[3] for row in cells] == ["99.8%", "67.0%", "96.8%", "7.5%"]
+    assert [len(row) for row in cells] == [4, 5, 5, 5]
+
+
+def test_base_sft_and_aligned_model_answer_side_by_side(aligned: Path) -> None:
+    table = report(aligned).split('class="stack answers"')[1].split("</table>")[0]
+    heads = re.findall(r'role="columnheader">([^<]+)<', table)
+    assert heads[1:] == ["Base model, asked plainly", "Assistant (SFT)", "Assistant after DPO"]
+    assert len(re.findall(r'aria-hidden="true">(.)</span>', table)) == 60
+
+
+@pytest.mark.parametrize(
+    ("peak", "fall", "said"),
+    [
+        (16, mean(0.0, 0.0, 200), "does not turn down: it is highest for n = 16, +0.12 against a single"),
+        (4, mean(-0.05, 0.02, 200), "turns down: from its highest at n = 4 to n = 16 it changes by"),
+        (8, mean(-0.01, 0.02, 200), "cannot be told from chance: it is highest for n = 8"),
+    ],
+)
+def test_says_whether_the_gold_score_turns_down(peak: int, fall: dict[str, float], said: str) -> None:
+    assert said in turn_sentence({**alignment()["best_of"], "peak": peak, "last_minus_peak": fall})
+
+
+@pytest.mark.parametrize(
+    "dotted", ["alignment.comparison.kl", "alignment.best_of.peak", "models.aligned.test.n"]
+)
+def test_an_alignment_without_a_figure_is_named(aligned: Path, dotted: str) -> None:
+    summary = json.loads((aligned / "summary.json").read_text(encoding="utf-8"))
+    *path, last = dotted.split(".")
+    inner = summary
+    for key in path:
+        inner = inner[key]
+    del inner[last]
+    (aligned / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"summary\.json: has no '{re.escape(dotted)}'"):
+        write_demo_report(aligned)
+
+
+def test_nothing_held_out_leaves_the_accuracy_out(aligned: Path) -> None:
+    summary = json.loads((aligned / "summary.json").read_text(encoding="utf-8"))
+    summary["alignment"]["reward"] |= {"accuracy": None, "by_kinds": {}}
+    (aligned / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    said = Page(report(aligned)).text
+    assert "A reward model learned to judge" not in said and "Judged right" not in said

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +21,8 @@ import fledge.stages.demo
 from fledge.cli import main
 from fledge.data.conversations import read_conversations
 from fledge.engine.text import load_engine
+from fledge.evals.demo_alignment import is_held_out, make_preferences
+from fledge.files import remove
 from fledge.run import LOCK
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.tokenizer.chat import encode_chat
@@ -27,6 +32,7 @@ from .commands import start, wait_for_step
 
 TINY = ["--facts", "150", "--params", "0.3M", "--vocab-size", "700", "--tokens", "16k", "--sft-epochs", "0.2",
         "--limit", "6"]  # fmt: skip
+ALIGNED = [*TINY, "--align", "dpo"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,8 +47,32 @@ def _one_thread_for_all_stages() -> Iterator[None]:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished tiny demo."""
     out = tmp_path_factory.mktemp("demo") / "demo"
-    assert main(["demo", "--out", str(out), *TINY]) == 0
+    assert main(["demo", "--out", str(out), *ALIGNED]) == 0
     return out
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def copied(demo: Path, out: Path, *without: str, align: str = "dpo") -> Path:
+    """The demo elsewhere, as if it had been stopped before `without` were made."""
+    shutil.copytree(demo, out, ignore=shutil.ignore_patterns("report.html", "summary.json", ".lock"))
+    for path in demo.rglob("summary.json"):
+        if path.parent != demo:
+            shutil.copy(path, out / path.relative_to(demo))
+    for name in without:
+        remove(out / name)
+    config = (demo / "config.toml").read_text().replace(str(demo), str(out)).replace('"dpo"', f'"{align}"')
+    (out / "config.toml").write_text(config)
+    return out
+
+
+def without_commands(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let the demo run no command; returns the verbs that it would have run."""
+    ran: list[str] = []
+    monkeypatch.setattr(fledge.stages.demo, "_run", lambda console, verb, **settings: ran.append(verb))
+    return ran
 
 
 def test_leaves_what_it_promises(demo: Path) -> None:
@@ -51,10 +81,13 @@ def test_leaves_what_it_promises(demo: Path) -> None:
         "summary.json",
         "base/model/model.safetensors",
         "sft/model/model.safetensors",
+        "preferences/train.jsonl",
+        "reward/model/model.safetensors",
+        "aligned/model/model.safetensors",
     ):
         assert (demo / name).stat().st_size > 0
     summary = json.loads((demo / "summary.json").read_text())
-    for model in ("base-plain", "base-few-shot", "sft"):
+    for model in ("base-plain", "base-few-shot", "sft", "aligned"):
         assert summary["models"][model]["seen"]["n"] == 6
         assert summary["models"][model]["invented_refused"]["n"] == 6
     assert 0 <= summary["controls"]["nearest_name_test"]["rate"] < 1
@@ -78,6 +111,97 @@ def test_test_and_invented_names_are_in_no_training_question(demo: Path) -> None
         assert not {row["name"] for row in rows} & {*names["taught"], *names["invented"]["sft"]}
 
 
+def test_no_test_name_is_in_a_preference(demo: Path) -> None:
+    names = json.loads((demo / "corpus/names.json").read_text())
+    test = {name for name, split in names["real"].items() if split == "test"} | set(names["invented"]["test"])
+    assert len(test) > 20
+    asked = rows_of(demo / "corpus/preference.jsonl")
+    assert {row["split"] for row in asked} == {"sft", "preference", "invented"}
+    assert not {row["name"] for row in asked} & test
+    names_of = {row["question"]: row["name"] for row in asked}
+    files = [demo / "preferences" / f"{name}.jsonl" for name in ("train", "held_out", "prompts")]
+    found = [names_of[row["prompt"]] for path in files for row in rows_of(path)]
+    assert found and not set(found) & test
+
+
+def test_preferences_are_simulated_limited_and_apart_by_name(demo: Path) -> None:
+    train, held = (rows_of(demo / "preferences" / f"{name}.jsonl") for name in ("train", "held_out"))
+    assert train and all(row["simulated"] is True and row["labeler"] == "rule" for row in [*train, *held])
+    by_question = {row["question"]: row for row in rows_of(demo / "corpus/preference.jsonl")}
+    for rows, side in ((train, False), (held, True)):
+        assert all(is_held_out(by_question[row["prompt"]]["name"]) is side for row in rows)
+    prompts = {row["prompt"] for row in rows_of(demo / "preferences/prompts.jsonl")}
+    assert prompts >= {row["prompt"] for row in train} and not prompts & {row["prompt"] for row in held}
+    asked = json.loads((demo / "preferences/summary.json").read_text())
+    assert 6 < asked["questions"] <= 18 and asked["questions"] >= asked["train"]["questions"] == len(prompts)
+
+
+def test_alignment_is_measured(demo: Path) -> None:
+    alignment = json.loads((demo / "summary.json").read_text())["alignment"]
+    assert alignment["method"] == "dpo"
+    curve = alignment["best_of"]["curve"]
+    assert [point["n"] for point in curve] == [1, 2, 4, 8, 16] and alignment["best_of"]["prompts"] == 12
+    assert all(a["reward"] < b["reward"] for a, b in pairwise(curve))
+    assert all(-1 <= point["gold"] <= 1 for point in curve)
+    comparison = alignment["comparison"]
+    sft, aligned = (rows_of(demo / f"evaluate/{name}/answers.jsonl") for name in ("sft", "aligned"))
+    for rows, key in ((sft, "before"), (aligned, "after")):
+        test = [row for row in rows if row["set"] == "eval_test"]
+        assert comparison["test_right"][key] == sum(row["f1"] >= 0.8 for row in test) / len(test)
+        invented = [row for row in rows if row["set"] == "eval_invented"]
+        answered = sum(not row["refused"] for row in invented) / len(invented)
+        assert comparison["invented_answered"][key] == answered
+    assert comparison["kl"]["n"] == 12 and comparison["kl"]["low"] <= comparison["kl"]["mean"]
+
+
+def test_without_an_alignment_it_stops_after_fine_tuning(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = ("preferences", "reward", "aligned", "evaluate/aligned", "best_of.json", "comparison.json")
+    out = copied(demo, tmp_path / "demo", *made, align="none")
+    ran = without_commands(monkeypatch)
+    assert main(["demo", "--out", str(out), *TINY, "--align", "none"]) == 0
+    assert ran == ["pretrain", "sft"] and not [name for name in made if (out / name).exists()]
+    summary = json.loads((out / "summary.json").read_text())
+    assert "alignment" not in summary and "aligned" not in summary["models"]
+    assert f"chat --model {out / 'sft/model'}" in capsys.readouterr().err
+
+
+def test_the_parts_that_are_done_are_not_done_again(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped between two parts, the next run makes what is missing as it would have been."""
+    out = copied(demo, tmp_path / "demo", "comparison.json")
+    marked = json.loads((demo / "best_of.json").read_text()) | {"seconds": 12345.0}
+    (out / "best_of.json").write_text(json.dumps(marked))
+    ran = without_commands(monkeypatch)
+    assert main(["demo", "--out", str(out), *ALIGNED]) == 0
+    assert ran == ["pretrain", "sft", "reward", "dpo"]  # whose runs are finished: they say so and end
+    assert json.loads((out / "best_of.json").read_text())["seconds"] == 12345.0
+    again, first = (json.loads((run / "comparison.json").read_text()) for run in (out, demo))
+    assert {**again, "seconds": 0} == {**first, "seconds": 0}
+    assert f"chat --model {out / 'aligned/model'}" in capsys.readouterr().err
+
+
+def test_preferences_are_the_same_again(demo: Path, tmp_path: Path) -> None:
+    """A run that is killed while it asks leaves no preferences; the next one makes the same."""
+    again = tmp_path / "preferences"
+    make_preferences(demo / "sft/model", demo / "corpus/preference.jsonl", again, 0, 6)
+    for name in ("train.jsonl", "held_out.jsonl", "prompts.jsonl"):
+        assert (again / name).read_bytes() == (demo / "preferences" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_aligned_by_ppo(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), *TINY, "--align", "ppo"]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["alignment"]["method"] == "ppo" and summary["models"]["aligned"]["seen"]["n"] == 6
+    assert "PPO" in (out / "report.html").read_text()
+    sft, aligned = ((out / f"{name}/model/model.safetensors").read_bytes() for name in ("sft", "aligned"))
+    assert sft != aligned
+
+
 def test_conversations_fit_the_rows(demo: Path) -> None:
     chats = read_conversations(demo / "corpus/sft.jsonl", Tokenizer.load(demo / "tokenizer"), 257, False)
     assert chats.overlong == 0 and chats.without_targets == 0
@@ -85,7 +209,7 @@ def test_conversations_fit_the_rows(demo: Path) -> None:
 
 def test_a_second_run_changes_no_model(demo: Path) -> None:
     before = {path: path.read_bytes() for path in demo.rglob("model.safetensors")}
-    assert main(["demo", "--out", str(demo), *TINY]) == 0
+    assert main(["demo", "--out", str(demo), *ALIGNED]) == 0
     assert before == {path: path.read_bytes() for path in demo.rglob("model.safetensors")}
 
 
@@ -98,7 +222,7 @@ def test_a_bad_setting_deletes_nothing(demo: Path, bad: list[str]) -> None:
 
 
 def test_other_settings_are_refused(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other = ["160" if flag == "150" else flag for flag in TINY]
+    other = ["160" if flag == "150" else flag for flag in ALIGNED]
     assert main(["demo", "--out", str(demo), *other]) == 2
     assert "--out" in capsys.readouterr().err
 
@@ -110,7 +234,7 @@ def test_the_control_has_not_read_about_the_test_names(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(fledge.stages.demo, "_run", interrupt)
-    assert main(["demo", "--out", str(tmp_path / "control"), *TINY, "--without-test-documents"]) == 130
+    assert main(["demo", "--out", str(tmp_path / "control"), *ALIGNED, "--without-test-documents"]) == 130
     told = {}
     for out in (demo, tmp_path / "control"):
         rows = [json.loads(line) for line in (out / "corpus/eval_test.jsonl").read_text().splitlines()]
@@ -168,7 +292,7 @@ def stop_stage(process: subprocess.Popen[str], run: Path) -> int:
 @pytest.mark.slow
 def test_ended_and_killed_it_goes_on_where_it_stopped(demo: Path, tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    flags = ["demo", "--out", str(out), *TINY]
+    flags = ["demo", "--out", str(out), *ALIGNED]
 
     process = start(flags)
     wait_for_step(process, out / "base", 1)
@@ -194,10 +318,20 @@ def test_ended_and_killed_it_goes_on_where_it_stopped(demo: Path, tmp_path: Path
     os.kill(stage, signal.SIGKILL)
     process.communicate()
 
+    process = start(flags)
+    stage = stop_stage(process, out / "reward")  # the preferences are made before
+    process.terminate()
+    os.kill(stage, signal.SIGCONT)
+    process.communicate()
+    assert process.returncode == 130
+
     assert main(flags) == 0
-    for name in ("base/model/model.safetensors", "sft/model/model.safetensors"):
+    for name in ("base", "sft", "reward", "aligned"):
+        weights = f"{name}/model/model.safetensors"
+        assert (out / weights).read_bytes() == (demo / weights).read_bytes()
+    for name in ("preferences/train.jsonl", "preferences/held_out.jsonl", "preferences/prompts.jsonl"):
         assert (out / name).read_bytes() == (demo / name).read_bytes()
-    for name in ("base-plain", "base-few-shot", "sft"):
+    for name in ("base-plain", "base-few-shot", "sft", "aligned"):
         answers = f"evaluate/{name}/answers.jsonl"
         assert (out / answers).read_bytes() == (demo / answers).read_bytes()
     assert (out / "report.html").exists()

@@ -403,3 +403,13 @@ def test_the_same_run_twice_is_the_same(flags: list[str], tmp_path: Path) -> Non
     assert cli.main(changed(flags, "--rollouts", "2")) == cli.main(changed(other, "--rollouts", "2")) == 0
     assert weights(tmp_path / "run") == weights(tmp_path / "other")
     assert cli.main(changed(flags, "--rollouts", "2")) == 0, "finished already"
+
+
+def test_rewards_are_named_as_everywhere(flags: list[str], judge: Path, tmp_path: Path) -> None:
+    """Verifiers, functions and models, with weights; the value function begins as no part of a sum."""
+    rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    write_jsonl(tmp_path / "prompts.jsonl", [{**row, "answer": row["wanted"]} for row in rows])
+    specs = ["exact", f"0.5*{tmp_path}/rewards.py:short", f"0.1*{judge}"]
+    assert cli.main(changed(flags, "--reward", *specs, "--rollouts", "1")) == 0
+    first = next(row for row in metrics(tmp_path / "run") if "loss" in row)
+    assert math.isfinite(first["score"]) and first["value_explained"] == 0.0

@@ -1,0 +1,73 @@
+"""What the demo claims: the figures of all its stages in one place, and what spelling alone would give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fledge.evals.facts import NgramNameClassifier, Share, is_right, nearest_name_baseline
+from fledge.files import read_json, read_jsonl
+
+EVALUATED = ("base-plain", "base-few-shot", "sft")
+
+
+def summarise(out: Path, align: str) -> dict[str, Any]:
+    """The summary of the finished demo in `out`, but for its seconds; `align`: how it was aligned."""
+    aligned = align != "none"
+    base, sft = read_json(out / "base/summary.json"), read_json(out / "sft/summary.json")
+    models: dict[str, Any] = {}
+    for name in (*EVALUATED, *(["aligned"] if aligned else [])):
+        summary = read_json(out / "evaluate" / name / "summary.json")
+        sets = summary["questions"]
+        models[name] = {
+            "bits_per_byte": summary["bits_per_byte"],
+            "seen": sets["eval_seen"]["right"],
+            "test": sets["eval_test"]["right"],
+            "invented_refused": sets["eval_invented"]["refused"],
+            "test_wrongly_refused": sets["eval_test"]["refused"],
+            "seen_wrongly_refused": sets["eval_seen"]["refused"],
+        }
+    manifest = read_json(out / "corpus/manifest.json")
+    return {
+        "stage": "demo",
+        "parameters": base["parameters"],
+        "facts": manifest["facts"],
+        "splits": manifest["splits"],
+        "corpus_fingerprint": manifest["fingerprint"],
+        "python": manifest["python"],
+        "pretrain": base,
+        "sft": sft,
+        "models": models,
+        "controls": _controls(out / "corpus"),
+        **({"alignment": _alignment(out, align)} if aligned else {}),
+    }
+
+
+def _alignment(out: Path, align: str) -> dict[str, Any]:
+    reward = read_json(out / "reward/summary.json")
+    shown = ("accuracy", "by_kinds", "length", "prompts", "held_out", "steps", "seconds", "offset")
+    return {
+        "method": align,
+        "preferences": read_json(out / "preferences/summary.json"),
+        "reward": {name: reward[name] for name in shown if name in reward},
+        "best_of": read_json(out / "best_of.json"),
+        "training": read_json(out / "aligned/summary.json"),
+        "comparison": read_json(out / "comparison.json"),
+    }
+
+
+def _controls(corpus: Path) -> dict[str, Any]:
+    """What spelling alone gives: the nearest taught name's answer, and a classifier of invented names."""
+    names = read_json(corpus / "names.json")
+    taught = sorted(names["taught"].items())
+    test = [row for _, row in read_jsonl(corpus / "eval_test.jsonl")]
+    invented = [row["name"] for _, row in read_jsonl(corpus / "eval_invented.jsonl")]
+    nearest = nearest_name_baseline(taught, [row["name"] for row in test])
+    right = sum(is_right(found, row["answer"]) for found, row in zip(nearest, test, strict=True))
+    spelling = NgramNameClassifier([name for name, _ in taught], names["invented"]["sft"])
+    control = spelling.evaluate([row["name"] for row in test], invented)
+    return {
+        "nearest_name_test": Share(right, len(test)).as_dict(),
+        "spelling_refuses_invented": control.refused_invented.as_dict(),
+        "spelling_wrongly_refuses_test": control.wrongly_refused.as_dict(),
+    }

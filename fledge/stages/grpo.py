@@ -1,0 +1,233 @@
+"""`fledge grpo`: from a model and a reward that a program gives to one that is right more often."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fledge.config import check_at_least, to_toml
+from fledge.device import ComputeName, DeviceName, pick_compute_dtype, pick_device
+from fledge.files import new_directory, sha256, write_json
+from fledge.model.checkpoint import load_model, read_weights
+from fledge.model.lora import TARGETS, LoRA, add_lora, lora_of, parameter_line, read_adapter
+from fledge.model.transformer import CausalLM
+from fledge.rewards.specs import read_specs, reward_files
+from fledge.run import Run, lineage
+from fledge.tokenizer.bpe import Tokenizer
+from fledge.train.actor_critic import load_policy, save_policy
+from fledge.train.groups import Settings, World
+from fledge.train.grpo import grpo_loss, grpo_steps, held_out_figures, memory_line
+from fledge.train.grpo_losses import Advantage, Mean
+from fledge.train.loop import FitConfig, Metrics, fit
+from fledge.train.optim import make_optimizers
+from fledge.train.ppo import sample_lines
+from fledge.train.progress import say
+from fledge.train.prompts import Prompts, end_ids, read_split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train a model on a checkable task: sample groups of answers, favour those better than their group."""
+
+    model: Path
+    """Model directory to start from; as it is now, it is also the reference."""
+    prompts: tuple[Path, ...]
+    """JSONL or Parquet files of {"prompt"} or {"messages"}; other fields are for the reward."""
+    reward: tuple[str, ...]
+    """A verifier, `file.py:function` or a reward model's directory; several are summed, as in 0.9*exact."""
+    reward_as_text: bool = False
+    """Let a reward model read conversations as text, in its own template: for another tokenizer."""
+    out: Path = Path("runs/grpo")
+    """Run directory; the same command again resumes it."""
+    plain: bool = False
+    """Continue prompts as plain texts, to the end of the document: for a base model."""
+    rollouts: int = 200
+    """How many times to sample groups and learn from them."""
+    batch_prompts: int = 32
+    """Groups of a roll-out: prompts."""
+    samples: int = 8
+    """Completions of a group."""
+    max_tokens: int = 128
+    """Longest completion; prompts that leave less room in the model's context are left out."""
+    temperature: float = 1.0
+    """Randomness of the sampling; log-probabilities are taken at the same one."""
+    advantage: Advantage = "grpo"
+    """grpo: (reward - group's mean) / deviation; dr-grpo: reward - mean; rloo: - mean of the others."""
+    average: Mean | None = None
+    """Of the loss: tokens (default of grpo), completions, length (of dr-grpo), whole (of rloo)."""
+    resample: int = 0
+    """How often to sample further prompts in place of groups whose rewards are all equal."""
+    missing_eos_score: float | None = None
+    """Score of a completion that does not end within --max-tokens; by default what the reward gives it."""
+    epochs: int = 1
+    """How often each roll-out is learned from."""
+    minibatches: int = 1
+    """Optimizer steps of an epoch."""
+    micro_batch_tokens: int = 16_384
+    """Most tokens in memory at once, padding included; larger minibatches are accumulated."""
+    decode_rows: int = 64
+    """Most completions that are sampled at once."""
+    beta: float = 0.0
+    """Price of a nat of KL to the reference (k3 of each token), in the loss."""
+    clip: float = 0.2
+    """How far below 1 a probability ratio may move before its gradient stops."""
+    clip_high: float | None = None
+    """How far above 1; by default as far as below. 0.28 keeps rare tokens alive (DAPO)."""
+    stop_kl: float | None = None
+    """Stop when the KL of a roll-out (nats a completion) is above this."""
+    adam_lr: float = 1e-4
+    """AdamW's peak learning rate; models of a billion parameters want a hundredth of the default."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of all matrices."""
+    warmup_steps: int = 10
+    """Steps over which the learning rate rises."""
+    decay_share: float = 0.5
+    """Share of the run, at its end, over which the learning rate falls to zero."""
+    max_spike: float = 10.0
+    """Stop when the loss jumps this much above its running mean."""
+    lora_rank: int | None = None
+    """Train adapters (LoRA) of this rank beside frozen weights, which are then the reference too."""
+    lora_alpha: float | None = None
+    """The adapter counts alpha / rank times; by default alpha is twice the rank."""
+    lora_targets: tuple[str, ...] = TARGETS
+    """Layers that get an adapter."""
+    checkpoint_activations: bool = False
+    """Compute the inside of each block again in the backward pass: a third slower, far less memory."""
+    validation_share: float = 0.1
+    """Share of the prompts held out, chosen by a hash of their text."""
+    evaluation_prompts: int = 64
+    """Most held-out prompts to measure on."""
+    evaluation_samples: int = 1
+    """Completions for each of them."""
+    evaluations: int = 10
+    """How many times to save a checkpoint, measure on held-out prompts and show completions."""
+    keep_checkpoints: int = 2
+    """Latest checkpoints to keep, besides the best."""
+    seed: int = 0
+    """Seed of the sampling and of all orders."""
+    device: DeviceName = "auto"
+    """Where to train."""
+    compute: ComputeName = "auto"
+    """Type of matrix products; auto is bf16 where it is fast."""
+    overwrite: bool = False
+    """Delete what --out holds of an earlier run."""
+
+
+def main(config: Config) -> None:
+    """Train to the end, or go on where an interrupted run stopped."""
+    console = Console(stderr=True)
+    check_at_least(config, 1, "decode_rows", "evaluation_prompts", "evaluation_samples")
+    settings = Settings(**{field.name: getattr(config, field.name) for field in fields(Settings)})
+    lora = lora_of(config.lora_rank, config.lora_alpha, config.lora_targets)
+    tokenizer = Tokenizer.load(config.model)
+    run = Run.open(config.out, to_toml(replace(config, overwrite=False)), config.overwrite)
+    if run.finished:
+        say(console, f"{config.out}: finished already; the model is {run.model}")
+        return
+    device = pick_device(config.device)
+    policy = load_policy(config.model, tokenizer, config.plain, device, config.checkpoint_activations)
+    room = policy.config.max_position_embeddings - config.max_tokens
+    prompts = read_split(config.prompts, tokenizer, config.plain, room, config.validation_share)
+    longest = prompts.longest + config.max_tokens
+    world = _world(config, lora, tokenizer, policy, settings, longest)
+    optimizers = make_optimizers(policy, "adamw", 1.0, config.adam_lr, config.weight_decay)
+    fit_config = FitConfig.of(
+        config,
+        label="grpo",
+        total_steps=config.rollouts * settings.updates,
+        compute_dtype=world.compute_dtype,
+        validation_unit="(minus the held-out score)",
+    )
+    memory = memory_line(world, longest, config.checkpoint_activations)
+    run.begin(_inputs(config, tokenizer))
+    _print_plan(console, config, policy, prompts, fit_config, memory)
+    data = {path.name: sha256([path]) for path in config.prompts}
+
+    def write_policy(directory: Path, tokens: int) -> None:
+        origin = lineage("grpo", config, config.model, data, tokenizer.fingerprint(), tokens)
+        save_policy(directory, policy, tokenizer, origin, list(world.eos_ids), config.model, lora)
+
+    def evaluate(step: int) -> Metrics:
+        held = prompts.held[: config.evaluation_prompts]
+        figures, table = held_out_figures(world, held, config.evaluation_samples)
+        for row in table:
+            run.log("samples", {"step": step, **row})
+        say(console, sample_lines(step, table[:3]))
+        return figures
+
+    def idle(number: int, figures: Metrics) -> None:
+        equal = f"mean score {figures['score']:g}; no step taken"
+        say(console, f"roll-out {number:,}: no group of {figures['sampled_groups']:g} has a signal, {equal}")
+
+    stops: list[float] = []
+    steps = grpo_steps(world, prompts.train, stops.append, idle)
+    loss, measure = partial(grpo_loss, settings=settings), evaluate if prompts.held else None
+    saved = read_weights if lora is None else read_adapter
+    done = fit(policy, optimizers, steps, loss, fit_config, run, write_policy, measure, policy, saved)
+    if stops:
+        say(console, f"stopped: a KL of {stops[0]:.2f} nats a completion is above --stop-kl {config.stop_kl}")
+    with new_directory(run.model, overwrite=True) as directory:
+        write_policy(directory, done["tokens"])
+    write_json(run.directory / "summary.json", _summary(run, policy, done, prompts, stops))
+    say(console, f"the trained {'adapter' if lora else 'model'} is {run.model}")
+
+
+def _world(
+    config: Config,
+    lora: LoRA | None,
+    tokenizer: Tokenizer,
+    policy: CausalLM,
+    settings: Settings,
+    longest: int,
+) -> World:
+    """The models and the rewards."""
+    device = pick_device(config.device)
+    dtype = pick_compute_dtype(device, config.compute)
+    rewards = read_specs(config.reward, tokenizer, config.reward_as_text, device, dtype, longest)
+    frozen = None
+    if lora is None:
+        frozen = load_model(config.model).to(device).requires_grad_(False)
+    else:
+        add_lora(policy, lora, torch.Generator().manual_seed(config.seed))
+    ends = end_ids(tokenizer, config.plain)
+    return World(policy, frozen, tokenizer, ends, rewards, settings, dtype, config.decode_rows)
+
+
+def _inputs(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
+    files = {"the prompts": config.prompts, "the model": sorted(config.model.glob("*.safetensors"))}
+    files["the reward"] = reward_files(config.reward)
+    return {"the tokenizer": tokenizer.fingerprint(), **{name: sha256(files[name]) for name in files}}
+
+
+def _summary(
+    run: Run, policy: CausalLM, done: dict[str, Any], prompts: Prompts, stops: list[float]
+) -> dict[str, Any]:
+    last: Any = next((row for row in reversed(run.rows("metrics")) if "validation" in row), {})
+    state: Any = next((saved.state["data"] for saved in reversed(run.checkpoints())), {})
+    return {
+        "stage": "grpo",
+        "parameters": policy.num_parameters(),
+        **done,
+        **prompts.counts(),
+        "groups": state.get("groups", 0),
+        "groups_without_signal": state.get("without_signal", 0),
+        "empty_completions": {"count": state.get("empty", 0), "first": state.get("empty_first", [])},
+        "stopped_at_kl": stops[0] if stops else None,
+        **{name: value for name, value in last.items() if name.startswith("validation")},
+    }
+
+
+def _print_plan(
+    console: Console, config: Config, policy: CausalLM, prompts: Prompts, plan: FitConfig, memory: str
+) -> None:
+    say(
+        console,
+        f"{prompts}\n{config.rollouts:,} roll-outs of {config.batch_prompts:,} groups of {config.samples:,} "
+        f"completions, {plan.total_steps:,} steps; rewards: {', '.join(config.reward)}\n"
+        f"{parameter_line(policy)}; AdamW, peak rate {config.adam_lr:.3g}; {plan.execution}\n{memory}",
+    )
