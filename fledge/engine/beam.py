@@ -119,8 +119,8 @@ def check_beams(params: SamplingParams, beams: Beams) -> None:
         raise UserError(f"n {params.n} is more than the {beams.width} beams; take more beams")
     if params.temperature == 0:
         raise UserError("temperature 0 is greedy decoding; leave it out with beams, or leave out the beams")
-    if not math.isfinite(beams.length_penalty):
-        raise UserError(f"length_penalty {beams.length_penalty} is not a finite number; 0 is none")
+    if not abs(beams.length_penalty) <= 20:
+        raise UserError(f"length_penalty {beams.length_penalty} is not between -20 and 20; 0 is none")
     if params.stop:
         raise UserError("stop strings do not go with beams; end at token ids (stop_ids) instead")
     if params.top_logprobs or params.echo:

@@ -163,7 +163,9 @@ def _align(config: Config, console: Console) -> None:
         _say(console, "choosing the best of several answers by the reward model")
         write_json(out / "best_of.json", best_of_n(sft, reward, corpus, config.seed, config.limit))
     if config.align == "dpo":
-        _run(console, "dpo", data=preferences / "own.jsonl", **learned, out=out / "aligned", **DPO)
+        own = preferences / "own.jsonl"  # empty where only padding makes a difference
+        data = own if own.stat().st_size else preferences / "train.jsonl"
+        _run(console, "dpo", data=data, **learned, out=out / "aligned", **DPO)
     else:
         rolled = {"rollouts": min(PPO_ROLLOUTS, config.limit or PPO_ROLLOUTS), **PPO}
         asked = {"prompts": preferences / "prompts.jsonl", "reward": reward, **learned}

@@ -20,6 +20,7 @@ from fledge.engine import batch
 from fledge.engine.choices import choice_logps
 from fledge.engine.constraints import choices_of
 from fledge.engine.engine import Engine
+from fledge.engine.exact import Budget
 from fledge.engine.products import WEIGHTS, WeightsName
 from fledge.engine.prompts import read_prompts
 from fledge.engine.sampling import validate
@@ -146,6 +147,8 @@ def main(config: Config) -> None:
     )  # fmt: skip
     if search is not None and (config.batch is not None or config.best_of is not None):
         raise UserError("--beams and --strategy exact do not go with --batch and --best-of")
+    if isinstance(search, Budget) and config.weights != "fp32":
+        raise UserError("--strategy exact goes with --weights fp32: what it certifies are exact scores")
     if search is not None and config.show_logprobs is not None and (config.show_logprobs or config.echo):
         raise UserError("a search has the probability of its own tokens only: --show-logprobs 0, no --echo")
     if config.batch is not None:

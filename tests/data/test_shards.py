@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -606,21 +607,22 @@ def test_two_runs_share_the_work_of_one(
 
 
 def test_who_holds_the_directory_is_said(
-    tokenizer: Tokenizer, source: Source, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tokenizer: Tokenizer, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = tokenise(source, tokenizer, tmp_path / "out").directory
     (directory / "index.json").unlink()
     thread = threading.Thread(target=tokenise, args=(source, tokenizer, tmp_path / "out"))
-    said = ""
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", said)
     with fledge.data.shards.locked(directory):
         thread.start()
-        while "waiting" not in said and thread.is_alive():
-            said += capfd.readouterr().err
+        while "waiting" not in said.getvalue() and thread.is_alive():
+            time.sleep(0.01)
         thread.join(0.1)
         assert thread.is_alive()
         assert not (directory / "index.json").exists()
     thread.join()
-    assert f"{directory}: process {os.getpid()} on " in said
+    assert f"{directory}: process {os.getpid()} on " in said.getvalue()
     assert (directory / "index.json").exists()
 
 

@@ -82,9 +82,10 @@ def words(text: str) -> list[str]:
 
 
 def asked_names(corpus: Path) -> dict[str, str]:
-    """Every name whose question is in the evaluation files, and its split."""
+    """Every name whose question is in the evaluation files, and its split; not those of fine-tuning."""
     files = ("eval_seen", "eval_test", "eval_invented", "preference")
-    return {line["name"]: line["split"] for file in files for line in lines(corpus / f"{file}.jsonl")}
+    rows = [line for file in files for line in lines(corpus / f"{file}.jsonl") if line["split"] != "sft"]
+    return {line["name"]: line["split"] for line in rows}
 
 
 # --- facts ----------------------------------------------------------------------------------------

@@ -280,7 +280,8 @@ def test_an_adapter_is_trained_merged_and_scores_the_same(
 def test_new_layers_learn_above_an_assistant_that_stays(
     flags: list[str], chat_run: Path, tmp_path: Path
 ) -> None:
-    assert cli.main([*flags, "--adam-lr", "0.01", "--new-layers", "1", "--no-controls"]) == 0
+    flags[flags.index("--adam-lr") + 1] = "0.01"
+    assert cli.main([*flags, "--new-layers", "1", "--no-controls"]) == 0
     found = summary(tmp_path / "run")
     assert found["accuracy"]["rate"] > 0.9
     before = load_model(chat_run / "model")
