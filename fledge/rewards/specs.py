@@ -6,7 +6,6 @@ user's own, or a reward model's directory. A name that could be two of them is t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 
 from fledge.errors import UserError
 from fledge.rewards.functions import checked, files_of, is_function, reward_from
-from fledge.rewards.verifiers import VERIFIERS, Reward, read_reward
+from fledge.rewards.verifiers import VERIFIERS, Reward, read_reward, split_weight
 from fledge.tokenizer.bpe import Tokenizer
 
 
@@ -41,13 +40,15 @@ def read_specs(
 
 def reward_model_of(specs: Sequence[str]) -> Path | None:
     """The directory of the reward model that alone is the reward, as it is; None if the reward is another."""
-    weight, bare = _weighted(specs[0]) if len(specs) == 1 else (0.0, "")
+    weight, bare = split_weight(specs[0]) if len(specs) == 1 else (0.0, "")
     return Path(bare) if weight == 1 and _is_model(bare) else None
 
 
 def reward_files(specs: Sequence[str]) -> list[Path]:
     """The weights of all reward models among specs: a run that goes on must find the same."""
-    return [file for spec in specs if _is_model(_weighted(spec)[1]) for file in files_of(_weighted(spec)[1])]
+    return [
+        file for spec in specs if _is_model(split_weight(spec)[1]) for file in files_of(split_weight(spec)[1])
+    ]
 
 
 def _read(
@@ -58,17 +59,13 @@ def _read(
     compute_dtype: torch.dtype,
     longest: int,
 ) -> Reward:
-    weight, bare = _weighted(spec)
+    weight, bare = split_weight(spec)
+    if split_weight(bare)[1] != bare:
+        raise UserError(f"--reward {spec}: it has two weights; give their product")
     if (is_function(bare) and not _is_verifier(bare)) or _is_model(bare):
         return Reward(bare, weight, reward_from(bare, tokenizer, as_text, device, compute_dtype, longest))
     found = read_reward(bare)
     return replace(found, weight=weight, function=checked(found.function, bare))
-
-
-def _weighted(spec: str) -> tuple[float, str]:
-    """The weight of a spec (1 where it has none) and the rest."""
-    found = re.fullmatch(r"(-?[0-9]*\.?[0-9]+)\*(.+)", spec, re.DOTALL)
-    return (float(found[1]), found[2]) if found else (1.0, spec)
 
 
 def _is_verifier(bare: str) -> bool:

@@ -86,6 +86,7 @@ def test_a_directory_of_a_verifiers_name_is_written_as_a_path(
         (["none/model"], "none/model: no such model directory"),
         (["none.py:f"], "none.py: no such file"),
         (["exact", "0.5*exact"], "the reward exact is there twice; name it once, with a weight"),
+        (["0.5*0.5*exact"], "--reward 0.5*0.5*exact: it has two weights; give their product"),
     ],
 )
 def test_what_cannot_be_had(specs: list[str], message: str) -> None:
