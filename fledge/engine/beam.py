@@ -17,7 +17,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fledge.engine import processors
 from fledge.engine.constraints import Constraint
 from fledge.engine.engine import Engine
 from fledge.engine.gumbel import given_maximum, gumbel
@@ -195,15 +194,12 @@ def _scores(
     history_BT = None
     if sampler.needs_history:
         history_BT = pad_rows([row.ids for row in rows], 0).to(logits_BV.device)
-    scores_BV = sampler._process(scores_BV, history_BT)
-    words_BW, errors = sampler._masks(scores_BV.shape[1])
-    if words_BW is not None:
-        scores_BV = processors.apply_mask(scores_BV, words_BW)
+    scores_BV, errors = sampler.processed(scores_BV, history_BT)
     for i in errors:
         scores_BV = scores_BV.index_fill(0, torch.tensor([i], device=scores_BV.device), -math.inf)
     if stochastic:
         none_B = scores_BV.amax(-1) == -math.inf
-        warped_BV = sampler._warp(scores_BV.masked_fill(none_B[:, None], 0.0))
+        warped_BV = sampler.warp(scores_BV.masked_fill(none_B[:, None], 0.0))
         scores_BV = warped_BV.log_softmax(-1).masked_fill(none_B[:, None], -math.inf)
     return logps_BV, scores_BV, errors
 

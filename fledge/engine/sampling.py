@@ -151,15 +151,12 @@ class Sampler:
         any_broken = bool(broken_B.any())
         if any_broken:
             logits_BV = logits_BV.masked_fill(broken_B[:, None], 0.0)
-        processed_BV = self._process(logits_BV, history_BT)
-        words_BW, errors = self._masks(processed_BV.shape[1])
-        if words_BW is not None:
-            processed_BV = processors.apply_mask(processed_BV, words_BW)
+        processed_BV, errors = self.processed(logits_BV, history_BT)
         ids_B = best_B = processed_BV.argmax(-1)
         no_choice_B = processed_BV.gather(1, best_B[:, None])[:, 0] == -math.inf
         if not self.all_greedy:
             processed_BV = processed_BV.masked_fill(no_choice_B[:, None], 0.0)
-            warped_BV = self._warp(processed_BV)
+            warped_BV = self.warp(processed_BV)
             draws = [uniform(r.params.seed, r.number, r.sample, r.made) for r in self.rows]
             ids_B = torch.where(
                 self.greedy_B, best_B, processors.draw(warped_BV, self._tensor(draws, torch.float64))
@@ -181,6 +178,14 @@ class Sampler:
         for i, error in errors.items():
             tokens[i] = error
         return tokens
+
+    def processed(self, logits_BV: Tensor, history_BT: Tensor | None) -> tuple[Tensor, dict[int, UserError]]:
+        """Scores after bias, penalties, bans and constraints (-inf: impossible), and why a row has none."""
+        processed_BV = self._process(logits_BV, history_BT)
+        words_BW, errors = self._masks(processed_BV.shape[1])
+        if words_BW is not None:
+            processed_BV = processors.apply_mask(processed_BV, words_BW)
+        return processed_BV, errors
 
     def _process(self, logits_BV: Tensor, history_BT: Tensor | None) -> Tensor:
         """Bias, penalties and bans."""
@@ -221,7 +226,7 @@ class Sampler:
                 errors[i] = error
         return words_BW.to(self.device), errors
 
-    def _warp(self, logits_BV: Tensor) -> Tensor:
+    def warp(self, logits_BV: Tensor) -> Tensor:
         """Temperature and what is cut off, for the rows that sample."""
         logits_BV = processors.apply_temperature(logits_BV, self.temperature_B)
         if self.top_k_B is not None:

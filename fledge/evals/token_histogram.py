@@ -25,6 +25,9 @@ from fledge.tokenizer.bpe import Tokenizer
 
 # Most fonts have these, few the pictures of U+240A and U+2409.
 ARROWS = {"\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\t": "\N{RIGHTWARDS ARROW TO BAR}"}
+# Letters and marks without a picture: fillers, joiners, variation selectors.
+BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0") | set(map(chr, range(0xFE00, 0xFE10)))
+BLANK |= set(map(chr, range(0xE0100, 0xE01F0)))
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,11 @@ def _visible(char: str) -> str:
         return chr(0x2400 + ord(char))
     if char == "\x7f":
         return "\N{SYMBOL FOR DELETE}"
-    # Cc: C1 controls; Cf: joiners, direction marks, tags; Co, Cn, Cs: nobody knows how they look.
-    if unicodedata.category(char) in ("Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp"):
+    # Cc: C1 controls; Cf: joiners, direction marks, tags; Co, Cn, Cs: nobody knows how they look; Z: spaces.
+    category = unicodedata.category(char)
+    if category in ("Cc", "Cf", "Co", "Cn", "Cs", "Zl", "Zp") or (category == "Zs" and char != " "):
+        return f"<U+{ord(char):04X}>"
+    if char in BLANK:
         return f"<U+{ord(char):04X}>"
     return char
 

@@ -123,4 +123,5 @@ def test_nothing_unseen_is_left_and_what_is_seen_stays(text: str) -> None:
 
 
 def test_pictures() -> None:
+    assert visible("a b\u00a0\u3164\ufe0f") == "a b<U+00A0><U+3164><U+FE0F>"
     assert visible("a\n\t\x1b[0m\x7f\x9b\u202e\u200b\ud800") == "a↵⇥␛[0m␡<U+009B><U+202E><U+200B><U+D800>"
