@@ -59,7 +59,8 @@ def grpo_steps(
                 shown = [figures if update == i == 0 else {} for i in range(len(parts))]
                 is_last = update == len(plan) - 1
                 state_now = vars(state).copy() if is_last else {}
-                yield Step(list(map(batch, parts, shown)), may_save=is_last, state=state_now)
+                batches = list(map(batch, parts, shown))
+                yield Step(batches, is_last, state_now, figures if update == 0 else {})
 
     return steps
 

@@ -55,11 +55,12 @@ class MicroBatch(Protocol):
 @dataclass
 class Step:
     """One optimizer step: all of its micro-batches, whether a save may follow it, and what the generator
-    wants handed back when it is resumed behind that save."""
+    wants handed back when it is resumed behind that save. `figures` are logged where nothing is learned."""
 
     batches: Sequence[MicroBatch]
     may_save: bool = True
     state: dict[str, Any] = field(default_factory=dict)
+    figures: Metrics = field(default_factory=dict)
 
 
 # (first step, saved state, metrics of the step before, if there was one) -> a generator of steps, which is
@@ -227,7 +228,7 @@ def fit(
                 _stop_if_diverged(metrics, progress, config, run)
                 _update(optimizers)
             else:  # nothing to learn from: never NaN, never silent
-                metrics = {"skipped": 1.0}
+                metrics = {"skipped": 1.0, **step.figures}
             elapsed = time.perf_counter() - started
             tokens = sum(batch.num_tokens() for batch in step.batches)
             _advance(progress, metrics, tokens, elapsed, step)

@@ -205,6 +205,8 @@ def test_no_signal_no_step(flags: list[str], tmp_path: Path, capsys: pytest.Capt
     assert cli.main(changed(flags, "--reward", f"{tmp_path}/rewards.py:equal", "--rollouts", "3")) == 0
     found = summary(run)
     assert found["skipped_steps"] == found["steps"] == 3 and found["groups_without_signal"] == 24
+    rows = [row for row in metrics(run) if "skipped" in row]
+    assert len(rows) == 3 and all(row["without_signal"] == 1 and "score" in row for row in rows)
     assert weights(run) == (Path(flags[2]) / "model.safetensors").read_bytes()
     assert "roll-out 3: no group of 8 has a signal, mean score 1; no step taken" in capsys.readouterr().err
 
