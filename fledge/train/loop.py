@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -207,17 +208,18 @@ def fit(
     cast = autocast(device, config.compute_dtype)
     generator = steps(progress.step, progress.data, progress.metrics)
     metrics: Metrics | None = None  # a generator that has not begun takes none
+    keep, unsaved = partial(_save, model, optimizers, run, progress, write_model), False
     with TrainingProgress(config.label, console) as bar, _Interrupt() as interrupt:
 
         def save() -> None:
-            _save(model, optimizers, run, progress, write_model)  # before anything that could fail
+            keep()  # before anything that could fail
             interrupt.obey(progress.step, bar)
             _settle(evaluate, plan, progress, run, bar)
 
         _settle(evaluate, plan, progress, run, bar)
         while not plan.done(progress.step):
             started = time.perf_counter()
-            if (step := _next(generator, metrics)) is None:
+            if (step := _next(generator, metrics, keep if unsaved else None)) is None:
                 break
             counts = _denominators(step.batches)
             set_lr(optimizers, plan.lr_fraction(progress.step))
@@ -237,20 +239,31 @@ def fit(
             run.log("metrics", {**progress.row(), **metrics, **pace})
             bar.show(progress.step, plan.total, progress.mean_loss, rate, plan.seconds_left(progress.step))
             progress.save_due |= plan.save_due(progress.step)
+            unsaved = step.may_save
             if (step.may_save or plan.done(progress.step)) and (progress.save_due or interrupt.requested):
                 save()
+                unsaved = False
         if progress.settled_step != progress.step:  # the generator ended before the plan did
             progress.save_due = True
             save()
     return progress.summary()
 
 
-def _next(generator: Generator[Step, Metrics | None, None], metrics: Metrics | None) -> Step | None:
-    """The next step, for which the generator gets the metrics of the last; None at its end."""
+def _next(
+    generator: Generator[Step, Metrics | None, None],
+    metrics: Metrics | None,
+    keep: Callable[[], object] | None,
+) -> Step | None:
+    """The next step, for which the generator gets the metrics of the last; None at its end. If it fails, as a
+    reward function may, what was learned before is kept."""
     try:
         return generator.send(metrics)
     except StopIteration:
         return None
+    except UserError:
+        if keep is not None:
+            keep()
+        raise
 
 
 def _denominators(batches: Sequence[MicroBatch]) -> dict[str, int]:

@@ -489,6 +489,34 @@ def five_steps(first: int, *before: Any) -> Generator[Step, Metrics | None, None
         yield next(usual)
 
 
+@pytest.mark.parametrize(("border", "kept"), [(1, 5), (2, 4)])
+def test_a_generator_that_fails_loses_only_what_no_save_may_follow(
+    border: int, kept: int, tmp_path: Path
+) -> None:
+    """Five steps are taken, then it fails, as a reward may; mended, the run ends as if it had not."""
+    broken = True
+
+    def steps(
+        first: int, _state: dict[str, Any], _metrics: Metrics | None
+    ) -> Generator[Step, Metrics | None, None]:
+        for number in range(first, 12):
+            if broken and number == 5:
+                raise UserError("the reward failed")
+            yield Step([random_rows(4 * number, 4)], may_save=(number + 1) % border == 0)
+
+    training = Training(tmp_path / "run", steps=steps)
+    with pytest.raises(UserError, match="the reward failed"):
+        training.fit()
+    assert training.run.checkpoints()[-1].step == kept
+    broken = False
+    again = Training(tmp_path / "run", steps=steps)
+    again.fit()
+    whole = Training(tmp_path / "whole", steps=steps)
+    whole.fit()
+    for name, weight in again.model.state_dict().items():
+        assert torch.equal(weight, whole.model.state_dict()[name])
+
+
 def test_a_generator_that_ends_early_ends_the_run(tmp_path: Path) -> None:
     training = Training(tmp_path, steps=five_steps, evaluate=lambda step: {"validation": 1.0})
     done = training.fit()
