@@ -54,7 +54,8 @@ def make_preferences(model: Path, questions: Path, out: Path, seed: int, limit: 
     """
     started = time.perf_counter()
     rows = _limited([row for _, row in read_jsonl(questions)], limit)
-    answers = ask(_chat(model), [row["question"] for row in rows], ANSWERS, WARM, seed, MAX_TOKENS)
+    chat = _chat(model)
+    answers = ask(chat, [row["question"] for row in rows], ANSWERS, WARM, seed, MAX_TOKENS)
     summary: dict[str, Any] = {"questions": len(rows), "answers": ANSWERS, "temperature": WARM}
     summary |= {"slips": SLIPS, "padded": PADDED, "labeler": "a written rule", "simulated": True}
     with new_directory(out) as directory:
@@ -72,7 +73,7 @@ def make_preferences(model: Path, questions: Path, out: Path, seed: int, limit: 
                 lines = (json.dumps({"prompt": r["question"]}, ensure_ascii=False) + "\n" for r, _ in part)
                 write_text(directory / "prompts.jsonl", "".join(lines))
         usual = [r for r in rows if not is_held_out(r["name"]) and _is_usual(r)]
-        answers = ask(_chat(model), [row["question"] for row in usual], ANSWERS, 1.0, seed, MAX_TOKENS)
+        answers = ask(chat, [row["question"] for row in usual], ANSWERS, 1.0, seed, MAX_TOKENS)
         rankings = ranked(usual, answers, seed, SLIPS, padded=0.0)
         summary["own"] = {"questions": len(usual), "rankings": len(rankings)}
         summary["own"]["kinds"] = write_preferences(directory / "own.jsonl", rankings)

@@ -34,7 +34,7 @@ from fledge.train.dpo import (
     scoring_of,
 )
 from fledge.train.dpo_losses import WITHOUT_REFERENCE, LossName
-from fledge.train.loop import FitConfig, Metrics, fit
+from fledge.train.loop import FitConfig, Metrics, fit, last_evaluation
 from fledge.train.optim import make_optimizers
 from fledge.train.progress import say
 from fledge.train.saving import save_assistant
@@ -238,8 +238,6 @@ def _summary(
     train: list[Comparison],
     held: list[Comparison],
 ) -> dict[str, Any]:
-    evaluations = [row for row in run.rows("metrics") if "validation" in row]
-    last = evaluations[-1] if evaluations else {}
     return {
         "stage": "dpo",
         "parameters": model.num_parameters(),
@@ -251,7 +249,7 @@ def _summary(
         "left_out": {
             what: {"count": len(places), "first": places[:20]} for what, places in found.left_out.items()
         },
-        **{name: value for name, value in last.items() if name.startswith("validation")},
+        **last_evaluation(run),
     }
 
 

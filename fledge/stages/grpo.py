@@ -19,15 +19,16 @@ from fledge.model.transformer import CausalLM
 from fledge.rewards.specs import read_specs, reward_files
 from fledge.run import Run, lineage
 from fledge.tokenizer.bpe import Tokenizer
-from fledge.train.actor_critic import load_policy, save_policy
+from fledge.train.actor_critic import load_policy
 from fledge.train.groups import Settings, World
 from fledge.train.grpo import grpo_loss, grpo_steps, held_out_figures, memory_line
 from fledge.train.grpo_losses import Advantage, Mean
-from fledge.train.loop import FitConfig, Metrics, fit
+from fledge.train.loop import FitConfig, Metrics, fit, last_evaluation
 from fledge.train.optim import make_optimizers
 from fledge.train.ppo import sample_lines
 from fledge.train.progress import say
 from fledge.train.prompts import Prompts, end_ids, read_split
+from fledge.train.saving import save_policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +208,6 @@ def _inputs(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
 def _summary(
     run: Run, policy: CausalLM, done: dict[str, Any], prompts: Prompts, stops: list[float]
 ) -> dict[str, Any]:
-    last: Any = next((row for row in reversed(run.rows("metrics")) if "validation" in row), {})
     state: Any = next((saved.state["data"] for saved in reversed(run.checkpoints())), {})
     return {
         "stage": "grpo",
@@ -218,7 +218,7 @@ def _summary(
         "groups_without_signal": state.get("without_signal", 0),
         "empty_completions": {"count": state.get("empty", 0), "first": state.get("empty_first", [])},
         "stopped_at_kl": stops[0] if stops else None,
-        **{name: value for name, value in last.items() if name.startswith("validation")},
+        **last_evaluation(run),
     }
 
 

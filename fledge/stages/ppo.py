@@ -21,15 +21,22 @@ from fledge.rewards.specs import read_specs, reward_files, reward_model_of
 from fledge.rewards.verifiers import weighted_sum
 from fledge.run import Run, lineage
 from fledge.tokenizer.bpe import Tokenizer
-from fledge.train import actor_critic
-from fledge.train.actor_critic import ActorCritic, critic_of, load_policy, read_trained, reference_of
+from fledge.train.actor_critic import (
+    ActorCritic,
+    critic_of,
+    load_policy,
+    read_trained,
+    reference_of,
+    save_critic,
+)
 from fledge.train.experience import Settings, World
-from fledge.train.loop import FitConfig, Metrics, fit
+from fledge.train.loop import FitConfig, Metrics, fit, last_evaluation
 from fledge.train.optim import make_optimizers
 from fledge.train.ppo import held_out_figures, memory_line, ppo_loss, ppo_steps, sample_lines
 from fledge.train.pretraining_mix import read_mix
 from fledge.train.progress import say
 from fledge.train.prompts import Prompts, end_ids, read_split
+from fledge.train.saving import save_policy
 from fledge.types import RewardFunction
 
 
@@ -171,13 +178,11 @@ def main(config: Config) -> None:
 
     def write_policy(directory: Path, tokens: int) -> None:
         origin = lineage("ppo", config, config.model, data, tokenizer.fingerprint(), tokens)
-        actor_critic.save_policy(
-            directory, policy, tokenizer, origin, list(world.eos_ids), config.model, lora
-        )
+        save_policy(directory, policy, tokenizer, origin, list(world.eos_ids), config.model, lora)
 
     def write_checkpoint(directory: Path, tokens: int) -> None:
         write_policy(directory, tokens)
-        actor_critic.save_critic(directory, world.actor)
+        save_critic(directory, world.actor)
 
     def evaluate(step: int) -> Metrics:
         figures, table = held_out_figures(world, prompts.held[: config.evaluation_prompts], gold)
@@ -243,14 +248,10 @@ def _inputs(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
 
 
 def _fit_config(config: Config, settings: Settings, dtype: torch.dtype) -> FitConfig:
-    return FitConfig(
+    return FitConfig.of(
+        config,
         label="ppo",
         total_steps=config.rollouts * settings.updates,
-        warmup_steps=config.warmup_steps,
-        decay_share=config.decay_share,
-        max_spike=config.max_spike,
-        evaluations=config.evaluations,
-        keep_checkpoints=config.keep_checkpoints,
         compute_dtype=dtype,
         validation_unit=f"(minus the held-out {'score' if config.gold is None else 'gold reward'})",
     )
@@ -259,7 +260,6 @@ def _fit_config(config: Config, settings: Settings, dtype: torch.dtype) -> FitCo
 def _summary(
     run: Run, policy: CausalLM, done: dict[str, Any], prompts: Prompts, stops: list[float]
 ) -> dict[str, Any]:
-    last: Any = next((row for row in reversed(run.rows("metrics")) if "validation" in row), {})
     state: Any = next((saved.state["data"] for saved in reversed(run.checkpoints())), {})
     return {
         "stage": "ppo",
@@ -269,7 +269,7 @@ def _summary(
         "empty_completions": {"count": state.get("empty", 0), "first": state.get("empty_first", [])},
         "beta": state.get("beta"),
         "stopped_at_kl": stops[0] if stops else None,
-        **{name: value for name, value in last.items() if name.startswith("validation")},
+        **last_evaluation(run),
     }
 
 

@@ -7,22 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fledge.errors import UserError
-from fledge.model.checkpoint import load_model, load_reward_model, read_file, save_model
+from fledge.model.checkpoint import load_model, load_reward_model, read_file
 from fledge.model.heads import RewardModel
-from fledge.model.lora import LoRA, add_lora, save_adapter, trained_parameters
+from fledge.model.lora import LoRA, add_lora, trained_parameters
 from fledge.model.transformer import CausalLM
 from fledge.rewards.reward_model import offset_of
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.tokenizer.chat import gives_loss_mask
 from fledge.train.rollout import Padded, reference_scores, token_scores
-from fledge.types import ModelFiles
 
 VALUE_WEIGHTS = "value.safetensors"
 
@@ -120,22 +119,6 @@ def load_policy(
         )
     model.checkpoint_activations = checkpointed
     return model
-
-
-def save_policy(
-    directory: Path,
-    policy: CausalLM,
-    tokenizer: ModelFiles,
-    origin: dict[str, Any],
-    eos_ids: list[int],
-    base: Path,
-    lora: LoRA | None,
-) -> None:
-    """Write a model directory into an existing folder, or with `lora` the adapter that belongs to `base`."""
-    if lora is None:
-        save_model(directory, policy, tokenizer, origin, eos_ids)
-    else:
-        save_adapter(directory, policy, lora, base, tokenizer, origin)
 
 
 def save_critic(directory: Path, actor: ActorCritic) -> None:

@@ -25,6 +25,7 @@ from fledge.train.ppo_losses import (
 )
 from fledge.train.prompts import EncodedPrompt
 from fledge.train.rollout import (
+    EmptyCompletions,
     Padded,
     gap_figures,
     kl_figures,
@@ -142,7 +143,7 @@ class World:
 
 
 @dataclass
-class State:
+class State(EmptyCompletions):
     """What goes on from one roll-out to the next; a checkpoint holds it."""
 
     beta: float
@@ -150,10 +151,6 @@ class State:
     """Of scores seen; with their mean and sum of squared distances from it (Welford 1962)."""
     mean: float = 0.0
     squares: float = 0.0
-    empty: int = 0
-    """Completions without text."""
-    empty_first: list[str] = field(default_factory=list)
-    """Where the prompts of the first of them stand."""
 
     def note(self, scores: Sequence[float]) -> None:
         """Take scores into the running mean and variance."""
@@ -167,12 +164,6 @@ class State:
     def std(self) -> float:
         """Of all scores seen; 1 before there are two different ones."""
         return math.sqrt(self.squares / self.count) if self.squares > 0 else 1.0
-
-    def note_empty(self, rollouts: Sequence[Rollout]) -> None:
-        """Count the completions in which nothing is said."""
-        places = [rollout.where for rollout in rollouts if not rollout.completion.strip()]
-        self.empty += len(places)
-        self.empty_first = [*self.empty_first, *places][:20]
 
 
 @dataclass

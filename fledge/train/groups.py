@@ -22,6 +22,7 @@ from fledge.train.grpo_losses import Advantage, Mean, group_advantages, have_sig
 from fledge.train.loop import Metrics
 from fledge.train.prompts import EncodedPrompt, prompts_at
 from fledge.train.rollout import (
+    EmptyCompletions,
     Padded,
     length_figures,
     play,
@@ -134,7 +135,7 @@ class World:
 
 
 @dataclass
-class State:
+class State(EmptyCompletions):
     """What goes on from one roll-out to the next; a checkpoint holds it."""
 
     draws: int = 0
@@ -142,10 +143,6 @@ class State:
     groups: int = 0
     without_signal: int = 0
     """Groups whose rewards were all equal."""
-    empty: int = 0
-    """Completions without text."""
-    empty_first: list[str] = field(default_factory=list)
-    """Where the prompts of the first of them stand."""
 
 
 @dataclass
@@ -211,8 +208,7 @@ def sampled_groups(world: World, prompts: Sequence[EncodedPrompt], state: State)
     places = [group * size + i for group in kept for i in range(size)]
     advantages_GS = group_advantages(scores_GS, settings.advantage)[kept].float()
     state.groups, state.without_signal = state.groups + groups, state.without_signal + groups - signals
-    nothing = [rollout.where for rollout in sampled if not rollout.completion.strip()]
-    state.empty, state.empty_first = state.empty + len(nothing), [*state.empty_first, *nothing][:20]
+    state.note_empty(sampled)
     figures = {
         **score_figures(columns),
         "without_signal": 1 - signals / groups,

@@ -249,6 +249,12 @@ def fit(
     return progress.summary()
 
 
+def last_evaluation(run: Run) -> Metrics:
+    """The figures of a run's last evaluation, whose names begin with `validation`; none if there was none."""
+    last: Metrics = next((row for row in reversed(run.rows("metrics")) if "validation" in row), {})
+    return {name: value for name, value in last.items() if name.startswith("validation")}
+
+
 def _next(
     generator: Generator[Step, Metrics | None, None],
     metrics: Metrics | None,

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -35,6 +35,21 @@ MOST_GAP = 0.2
 def seed_of(*numbers: int) -> int:
     """One seed out of several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+@dataclass(kw_only=True)
+class EmptyCompletions:
+    """How many completions had no text."""
+
+    empty: int = 0
+    empty_first: list[str] = field(default_factory=list)
+    """Where the prompts of the first of them stand."""
+
+    def note_empty(self, rollouts: Sequence[Rollout]) -> None:
+        """Count the completions in which nothing is said."""
+        places = [rollout.where for rollout in rollouts if not rollout.completion.strip()]
+        self.empty += len(places)
+        self.empty_first = [*self.empty_first, *places][:20]
 
 
 def play(

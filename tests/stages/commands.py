@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -46,6 +47,18 @@ def wait_for_step(process: subprocess.Popen[str], directory: Path, step: int) ->
         if lines and json.loads(lines[-1])["step"] >= step:
             return
         time.sleep(0.001)
+
+
+def kill_and_interrupt(flags: list[str], directory: Path, *stops: tuple[int, int]) -> None:
+    """Run the command once for each (signal, step), sent it at that step: it ends as it should."""
+    for number, step in stops:
+        process = start(flags)
+        wait_for_step(process, directory, step)
+        process.send_signal(number)
+        error = process.communicate()[1]
+        assert process.returncode == (-9 if number == signal.SIGKILL else 130), error
+        assert "Traceback" not in error
+    assert not (directory / "model").exists()
 
 
 def metrics(directory: Path) -> list[dict[str, Any]]:

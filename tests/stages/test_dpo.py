@@ -20,7 +20,14 @@ from fledge.tokenizer.bpe import Tokenizer
 from fledge.train.dpo_losses import LossName
 from fledge.train.losses import forward_of
 
-from .commands import changed, metrics, start, summary, wait_for_step, weights, write_jsonl
+from .commands import (
+    changed,
+    kill_and_interrupt,
+    metrics,
+    summary,
+    weights,
+    write_jsonl,
+)
 from .conftest import REFUSAL, questions
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -143,14 +150,7 @@ def test_killed_and_interrupted_the_result_is_the_same(
     out, whole = tmp_path / "run", tmp_path / "whole"
     more = ["--data", str(judgements)] if loss == "kto" else []
     flags = changed(flags, "--loss", loss, "--epochs", "8", "--evaluations", "12", *more)
-    for number, step in ((signal.SIGKILL, 6), (signal.SIGINT, 15)):
-        process = start(flags)
-        wait_for_step(process, out, step)
-        process.send_signal(number)
-        error = process.communicate()[1]
-        assert process.returncode == (-9 if number == signal.SIGKILL else 130), error
-        assert "Traceback" not in error
-    assert not (out / "model").exists()
+    kill_and_interrupt(flags, out, (signal.SIGKILL, 6), (signal.SIGINT, 15))
     assert cli.main(flags) == 0
     assert cli.main(changed(flags, "--out", str(whole))) == 0
     assert metrics(out) == metrics(whole)

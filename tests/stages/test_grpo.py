@@ -14,7 +14,14 @@ import pytest
 from fledge import cli
 from fledge.run import LOCK
 
-from .commands import changed, metrics, start, summary, wait_for_step, weights, write_jsonl
+from .commands import (
+    changed,
+    kill_and_interrupt,
+    metrics,
+    summary,
+    weights,
+    write_jsonl,
+)
 from .conftest import WORDS
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -158,14 +165,7 @@ def test_killed_and_interrupted_the_result_is_the_same(kind: str, flags: list[st
     ]
     more += ["--lora-rank", "2"] if kind == "lora" else []
     flags = changed(flags, *more)
-    for number, step in ((signal.SIGKILL, 9), (signal.SIGINT, 21)):
-        process = start(flags)
-        wait_for_step(process, out, step)
-        process.send_signal(number)
-        error = process.communicate()[1]
-        assert process.returncode == (-9 if number == signal.SIGKILL else 130), error
-        assert "Traceback" not in error
-    assert not (out / "model").exists()
+    kill_and_interrupt(flags, out, (signal.SIGKILL, 9), (signal.SIGINT, 21))
     assert cli.main(flags) == 0
     assert cli.main(changed(flags, "--out", str(whole))) == 0
     assert metrics(out) == metrics(whole)

@@ -15,7 +15,14 @@ import pytest
 from fledge import cli
 from fledge.run import LOCK
 
-from .commands import changed, metrics, start, summary, wait_for_step, weights, write_jsonl
+from .commands import (
+    changed,
+    kill_and_interrupt,
+    metrics,
+    summary,
+    weights,
+    write_jsonl,
+)
 from .conftest import WORDS
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -202,14 +209,7 @@ def test_killed_and_interrupted_the_result_is_the_same(
     more += ["--lora-rank", "2"] if kind == "lora" else []
     flags = changed(flags, *more)
     stops = ((signal.SIGKILL, 12), (signal.SIGINT, 29))
-    for number, step in stops[:1] if kind == "function" else stops:
-        process = start(flags)
-        wait_for_step(process, out, step)
-        process.send_signal(number)
-        error = process.communicate()[1]
-        assert process.returncode == (-9 if number == signal.SIGKILL else 130), error
-        assert "Traceback" not in error
-    assert not (out / "model").exists()
+    kill_and_interrupt(flags, out, *(stops[:1] if kind == "function" else stops))
     assert cli.main(flags) == 0
     assert cli.main(changed(flags, "--out", str(whole))) == 0
     assert metrics(out) == metrics(whole)
