@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Protocol
@@ -92,7 +92,14 @@ class RemoteChat:
 
     def stream(self, messages: Sequence[Message], params: SamplingParams) -> Iterator[str]:
         """The assistant's next turn, piece by piece."""
+        return self.stream_reply(messages, params)
+
+    def stream_reply(
+        self, messages: Sequence[Message], params: SamplingParams
+    ) -> Generator[str, None, TextCompletion]:
+        """`stream`, with the whole turn as the generator's value."""
         request = {**self._request(messages, params, params.seed), "stream": True}
+        text, reason = "", None
         try:
             with self.client.stream("POST", self.address, json=request) as answer:
                 if answer.status_code != 200:
@@ -101,11 +108,25 @@ class RemoteChat:
                 for line in answer.iter_lines():
                     data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
                     if data == "[DONE]":
-                        return
-                    if data and (piece := _piece(data)):
+                        break
+                    piece, ended = self._piece(data)
+                    text, reason = text + piece, ended or reason
+                    if piece:
                         yield piece
         except httpx2.HTTPError as error:
             raise EndpointError(f"{self.address}: {_why(error)}") from None
+        return TextCompletion(text, [], [], _reason(reason))
+
+    def _piece(self, data: str) -> tuple[str, str | None]:
+        """The text of an event, and why it was the last; UserError for an error in the middle of a stream."""
+        try:
+            event = json.loads(data)
+            if "choices" not in event and "error" in event:
+                raise UserError(f"{self.address}: {' '.join(str(event['error']['message']).split())[:200]}")
+            choice = event["choices"][0]
+            return choice["delta"].get("content") or "", choice.get("finish_reason")
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            return "", None  # usage and comments
 
     def _request(self, messages: Sequence[Message], params: SamplingParams, seed: int) -> dict[str, Any]:
         request: dict[str, Any] = {
@@ -151,19 +172,25 @@ class RemoteChat:
         return f"{self.address}: {answer.status_code}: {' '.join(str(said).split())[:200]}{hint}"
 
 
+def connect(endpoint: str, model: str, key_variable: str | None, environ: Mapping[str, str]) -> RemoteChat:
+    """A model at an endpoint; `key_variable` names the environment variable that holds the key. Raises
+    UserError where there is no such variable, and for an address that is none."""
+    return RemoteChat(endpoint, model, key=endpoint_key(key_variable, environ))
+
+
+def endpoint_key(variable: str | None, environ: Mapping[str, str]) -> str | None:
+    """The key in an environment variable, None without one. Raises UserError if it is not there."""
+    if variable is not None and not environ.get(variable):
+        raise UserError(f"--endpoint-key {variable}: there is no such environment variable")
+    return None if variable is None else environ[variable]
+
+
 def _with_seed(params: SamplingParams, seed: int) -> SamplingParams:
     return replace(params, seed=seed, n=1)
 
 
 def _reason(value: object) -> FinishReason:
     return "length" if value == "length" else "stop"
-
-
-def _piece(data: str) -> str:
-    try:
-        return json.loads(data)["choices"][0]["delta"].get("content") or ""
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        return ""  # usage and comments
 
 
 def _why(error: Exception) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fledge.config import check_at_least
 from fledge.device import pick_device
-from fledge.engine.remote import RemoteChat
+from fledge.engine.remote import RemoteChat, connect
 from fledge.engine.sampling import validate
 from fledge.engine.text import LocalChat, load_engine
 from fledge.errors import UserError
@@ -172,10 +172,7 @@ def chat_of(name: str, config: Config) -> LocalChat | RemoteChat:
     if Path(name).is_dir() or config.endpoint is None:
         engine, tokenizer = load_engine(Path(name), device=pick_device(config.device))
         return LocalChat(engine, tokenizer)
-    key = None
-    if config.endpoint_key is not None and not (key := os.environ.get(config.endpoint_key)):
-        raise UserError(f"--endpoint-key {config.endpoint_key}: there is no such environment variable")
-    return RemoteChat(config.endpoint, name, key=key)
+    return connect(config.endpoint, name, config.endpoint_key, os.environ)
 
 
 def judge_of(config: Config, writers: Sequence[Writer]) -> Rule | None:

@@ -112,3 +112,24 @@ def test_a_stream_gives_the_pieces() -> None:
     assert list(chat.stream(ASKED, SamplingParams())) == ["Hel", "lo"]
     with pytest.raises(UserError, match="404"):
         list(remote(lambda _: httpx2.Response(404, text="none")).stream(ASKED, SamplingParams()))
+
+
+def test_a_stream_tells_why_it_ended_and_what_went_wrong() -> None:
+    def handler(request: httpx2.Request) -> httpx2.Response:
+        asked = json.loads(request.content)["messages"][0]["content"]
+        piece = {"choices": [{"index": 0, "delta": {"content": "Hi"}, "finish_reason": None}]}
+        end = {"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]}
+        error = {"error": {"message": "the server is stopping", "type": "server_error"}}
+        usage = {"choices": [], "usage": {"total_tokens": 3}}
+        last = error if asked == "fail" else end
+        lines = [f"data: {json.dumps(one)}\n\n" for one in (piece, last, usage)]
+        return httpx2.Response(200, text="".join([*lines, "data: [DONE]\n\n"]))
+
+    chat = remote(handler)
+    stream = chat.stream_reply([{"role": "user", "content": "hello"}], SamplingParams())
+    assert next(stream) == "Hi"
+    with pytest.raises(StopIteration) as end:
+        next(stream)
+    assert (end.value.value.text, end.value.value.finish_reason) == ("Hi", "length")
+    with pytest.raises(UserError, match="the server is stopping"):
+        list(chat.stream([{"role": "user", "content": "fail"}], SamplingParams()))

@@ -1,0 +1,90 @@
+"""Models of another OpenAI-compatible server, offered beside the own ones: requests are passed on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx2
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from fledge.errors import UserError
+from fledge.serve.errors import ApiError
+from fledge.serve.visits import unless_gone, visit_of
+
+CONNECT_SECONDS = 10.0
+
+
+class Relay:
+    """The way to an endpoint (as http://localhost:9000/v1); `models` are those that it has, by name."""
+
+    def __init__(
+        self, endpoint: str, key: str | None = None, transport: httpx2.BaseTransport | None = None
+    ) -> None:
+        """Asks for the models. Raises UserError for an endpoint that has none to tell of."""
+        self.address = endpoint.rstrip("/")
+        self._headers = {"authorization": f"Bearer {key}"} if key else {}
+        try:
+            with httpx2.Client(headers=self._headers, timeout=CONNECT_SECONDS, transport=transport) as client:
+                answer = client.get(f"{self.address}/models")
+            answer.raise_for_status()
+            found = [one for one in answer.json()["data"] if isinstance(one["id"], str)]
+        except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--endpoint {endpoint}: no list of models there ({_why(error)})") from None
+        self.models: dict[str, dict[str, Any]] = {one["id"]: {"kind": "chat", **one} for one in found}
+        self._client: httpx2.AsyncClient | None = None
+
+    async def pass_on(self, request: Request) -> Response:
+        """The endpoint's answer to a request whose path begins with /v1. Raises ApiError (502) if it has
+        none."""
+        if self._client is None:
+            timeout = httpx2.Timeout(None, connect=CONNECT_SECONDS)  # requests have a limit of their own
+            self._client = httpx2.AsyncClient(headers=self._headers, timeout=timeout)
+        visit = visit_of(request)
+        visit.ignored = []
+        address = f"{self.address}{request.url.path.removeprefix('/v1')}"
+        headers = {"content-type": "application/json", "x-request-id": visit.request_id}
+        asked = self._client.build_request("POST", address, content=await request.body(), headers=headers)
+        try:
+            answer = await unless_gone(request, self._client.send(asked, stream=True))
+            visit.ends.append(lambda: _close(answer))
+            kind = answer.headers.get("content-type", "application/json")
+            if kind.startswith("text/event-stream"):
+                return StreamingResponse(_pieces(answer, self.address), media_type=kind)
+            body = await unless_gone(request, answer.aread())
+        except httpx2.HTTPError as error:
+            raise _gone(self.address, error) from None
+        return Response(body, answer.status_code, media_type=kind)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._client is not None:
+            await self._client.aclose()
+
+
+async def _pieces(answer: httpx2.Response, address: str) -> AsyncIterator[bytes]:
+    try:
+        async for piece in answer.aiter_bytes():
+            yield piece
+    except httpx2.HTTPError as error:
+        raise _gone(address, error) from None
+
+
+def _gone(address: str, error: Exception) -> ApiError:
+    return ApiError(502, f"{address}: {_why(error)}", code="bad_gateway")
+
+
+def _close(answer: httpx2.Response) -> None:
+    """Tell the endpoint that nobody reads on."""
+    task = asyncio.get_running_loop().create_task(answer.aclose())
+    _CLOSING.add(task)
+    task.add_done_callback(_CLOSING.discard)
+
+
+_CLOSING: set[asyncio.Task[None]] = set()
+
+
+def _why(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

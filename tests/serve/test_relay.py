@@ -1,0 +1,75 @@
+"""Models of another server: offered as the own ones are, and passed on unchanged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from fledge.errors import UserError
+from fledge.serve.relay import Relay
+
+from .real import Serving, events, load, make_tokenizer, save_random_model, serving
+
+ASK = [{"role": "user", "content": "The cats sat"}]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("served") / "far"
+    save_random_model(path, make_tokenizer(), context=4096)
+    return path
+
+
+@pytest.fixture
+def pair(directory: Path) -> Iterator[tuple[Serving, Serving]]:
+    """A server that wants a key, and one that passes on to it."""
+    with serving(load(directory, "far"), keys=("far-away-key",)) as far:
+        relay = Relay(f"{far.url}/v1", "far-away-key")
+        with serving(load(directory, "near"), relay=relay) as near:
+            yield far, near
+
+
+def test_requests_are_passed_on(pair: tuple[Serving, Serving]) -> None:
+    near = pair[1]
+    with near.client() as client:
+        assert [one["id"] for one in client.get("/v1/models").json()["data"]] == ["near", "far"]
+        assert client.get("/v1/models/far").json()["max_model_len"] == 4096
+    body = {"messages": ASK, "max_tokens": 8, "temperature": 0}
+    answers = [near.post("/v1/chat/completions", {**body, "model": name}).json() for name in ("near", "far")]
+    assert answers[0]["choices"] == answers[1]["choices"]
+    assert answers[1]["model"] == "far"
+    lines = events(near.post("/v1/chat/completions", {**body, "model": "far", "stream": True}))
+    text = "".join(json.loads(line)["choices"][0]["delta"].get("content", "") for line in lines[:-1])
+    assert text == answers[0]["choices"][0]["message"]["content"]
+    refused = near.post("/v1/chat/completions", {**body, "model": "far", "top_logprobs": 1})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "top_logprobs"
+    assert near.post("/v1/embeddings", {"model": "far", "input": "x"}).status_code == 200
+
+
+def test_who_goes_is_gone_there_too(pair: tuple[Serving, Serving]) -> None:
+    far, near = pair
+    body = {"prompt": "The", "model": "far", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    with near.client() as client, client.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        assert far.service.live["far"] == 1
+    far.until_idle()
+
+
+def test_an_endpoint_that_ends(directory: Path) -> None:
+    with serving(load(directory, "far")) as far:
+        relay = Relay(f"{far.url}/v1")
+    with serving(load(directory, "near"), relay=relay) as near:
+        response = near.post("/v1/completions", {"model": "far", "prompt": "The"})
+        assert response.status_code == 502 and response.json()["error"]["code"] == "bad_gateway"
+
+
+@pytest.mark.parametrize(("status", "text"), [(404, "{}"), (200, "no JSON"), (200, '{"data": 3}')])
+def test_what_is_no_endpoint(status: int, text: str) -> None:
+    transport = httpx2.MockTransport(lambda request: httpx2.Response(status, text=text))
+    with pytest.raises(UserError, match="no list of models"):
+        Relay("http://far.example/v1", transport=transport)

@@ -1,0 +1,157 @@
+"""`fledge serve` through the real command line."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import numpy as np
+import pytest
+
+from fledge import cli
+from fledge.model.ngram import NgramConfig, NgramModel
+from fledge.tokenizer.bpe import train_bpe
+
+from ..models import save_chain_model
+from ..serve.real import load, serving
+
+TEXT = "\nabcdefghijk"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("run") / "alphabet" / "model"
+    directory.parent.mkdir()
+    save_chain_model(directory, train_bpe([TEXT], 280), "abcdefghijk")
+    return directory
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *flags: object) -> str:
+    assert cli.main(["serve", *map(str, flags)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("fledge serve: error: ")
+    return error
+
+
+def test_mistakes(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "NAME=DIR" in mistake(capsys, "--model", model, model)
+    assert "no directory" in mistake(capsys, "--model", f"a={tmp_path / 'none'}")
+    assert "NAME=DIR" in mistake(capsys, "--model", f"={model}")
+    assert "--key-file" in mistake(capsys, "--model", model, "--host", "0.0.0.0")
+    assert "FLEDGE_TEST_KEY" in mistake(capsys, "--model", model, "--key-variable", "FLEDGE_TEST_KEY")
+    monkeypatch.setenv("FLEDGE_TEST_KEY", "short")
+    assert "8 ASCII" in mistake(capsys, "--model", model, "--key-variable", "FLEDGE_TEST_KEY")
+    keys = tmp_path / "keys"
+    keys.write_text("# nobody yet\n")
+    assert "no keys" in mistake(capsys, "--model", model, "--key-file", keys)
+    assert "--context 4096" in mistake(capsys, "--model", model, "--context", 4096, "--port", 0)
+    assert "--body-mb" in mistake(capsys, "--model", model, "--body-mb", 0)
+    assert "--at-once" in mistake(capsys, "--model", model, "--at-once", 0)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert "cannot listen" in mistake(capsys, "--model", model, "--port", port)
+
+
+@contextmanager
+def started(*flags: object) -> Iterator[tuple[subprocess.Popen[str], httpx2.Client]]:
+    """The command as a process, and a client of the address that it prints."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "fledge", "serve", *map(str, flags), "--port", "0"],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline().split()
+            assert line[::2] == ["page", "API"], process.stderr and process.stderr.read()
+            with httpx2.Client(base_url=line[1], timeout=30) as client:
+                yield process, client
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_serves_until_it_is_told_to_end(model: Path, tmp_path: Path, number: int) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("# for the test\nthe-only-key\n")
+    flags = ["--model", model, f"other={model}", "--key-file", keys, "--max-tokens", 5]
+    with started(*flags) as (process, client):
+        assert client.get("/v1/models").status_code == 401
+        assert "<html" in client.get("/").text
+        client.headers["authorization"] = "Bearer the-only-key"
+        names = [one["id"] for one in client.get("/v1/models").json()["data"]]
+        assert names == ["alphabet", "other"]
+        body = {"messages": [{"role": "user", "content": "Say it"}], "temperature": 0, "max_tokens": 50}
+        answer = client.post("/v1/chat/completions", json=body).json()["choices"][0]
+        assert (answer["message"]["content"], answer["finish_reason"]) == ("abcde", "length")
+        process.send_signal(number)
+        error = process.communicate(timeout=30)[1]
+        assert process.returncode == (130 if number == signal.SIGINT else 0)
+    assert "Traceback" not in error
+    assert "alphabet: " in error
+    assert "POST /v1/chat/completions alphabet 200" in error
+    assert "Say it" not in error and "the-only-key" not in error
+
+
+def talk(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lines: str, *flags: object
+) -> tuple[int, str, str]:
+    """`fledge chat` with lines on stdin: exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    code = cli.main(["chat", *map(str, flags)])
+    return code, *capsys.readouterr()
+
+
+def test_chat_with_a_model_behind_an_address(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(load(model, "alphabet"), keys=("the-only-key",)) as server:
+        flags = ["--endpoint", f"{server.url}/v1", "--model", "alphabet", "--temperature", 0]
+        monkeypatch.setenv("FLEDGE_TEST_KEY", "the-only-key")
+        keyed = [*flags, "--endpoint-key", "FLEDGE_TEST_KEY"]
+        assert talk(monkeypatch, capsys, "Hi\nAgain\n", *keyed) == (0, "abcdefghijk\nabcdefghijk\n", "")
+        code, out, error = talk(monkeypatch, capsys, "Hi\n", *keyed, "--max-tokens", 3)
+        assert (code, out) == (0, "abc\n") and "cut off" in error
+        code, out, error = talk(monkeypatch, capsys, "Hi\n", *flags)
+        assert (code, out) == (0, "\n") and "401" in error and "give a key" in error
+        code, out, error = talk(monkeypatch, capsys, "x" * 4000 + "\nHi\n", *keyed)
+        assert (code, out) == (0, "\nabcdefghijk\n") and "context" in error
+        missing = [*flags, "--endpoint-key", "FLEDGE_NO_SUCH_KEY"]
+        assert talk(monkeypatch, capsys, "", *missing)[0] == 2
+        assert "--top-k" in talk(monkeypatch, capsys, "", *keyed, "--top-k", 3)[2]
+
+
+def test_ends_that_are_ignored(model: Path) -> None:
+    with serving(load(model, "alphabet")) as server:
+        body = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "max_tokens": 20}
+        made = server.post("/v1/chat/completions", body).json()
+        assert (made["usage"]["completion_tokens"], made["choices"][0]["finish_reason"]) == (11, "stop")
+        made = server.post("/v1/chat/completions", {**body, "ignore_eos": True}).json()
+        assert (made["usage"]["completion_tokens"], made["choices"][0]["finish_reason"]) == (20, "length")
+        assert made["choices"][0]["message"]["content"] == "abcdefghijk"  # an end has no text
+        stopped = server.post("/v1/chat/completions", {**body, "ignore_eos": True, "stop": "e"}).json()
+        assert stopped["choices"][0]["message"]["content"] == "abcd"
+
+
+def test_a_model_of_counts(tmp_path: Path) -> None:
+    tokenizer = train_bpe([TEXT], 280)
+    documents = [np.array([tokenizer.eos_id, *tokenizer.encode("abc abd abc")])] * 3
+    counts = NgramModel.count(documents, tokenizer.eos_id, NgramConfig(tokenizer.vocab_size, 3, 64))
+    (tmp_path / "counts").mkdir()
+    counts.save(tmp_path / "counts", tokenizer, {"stage": "pretrain"}, tokenizer.eos_id)
+    with serving(load(tmp_path / "counts", "counts")) as server:
+        body = {"prompt": "ab", "max_tokens": 5, "temperature": 0, "logprobs": 1, "echo": True}
+        made = server.post("/v1/completions", body).json()["choices"][0]
+        assert made["text"].startswith("abc ab")
+        assert server.post("/v1/embeddings", {"input": "ab"}).status_code == 400
