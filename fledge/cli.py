@@ -38,11 +38,16 @@ VERBS: dict[str, str] = {
     "label import": "read labels that others made",
     "generate": "continue a text",
     "chat": "talk with a model",
+    "serve": "models behind an OpenAI-compatible address, and a chat page",
     "inspect": "show what a model expects, token by token",
-    "evaluate": "measure a model on texts and questions",
+    "evaluate": "measure a model on texts, questions and tasks",
     "merge": "take an adapter into the weights of its model",
-    "doctor": "show what this machine offers and what fledge will use",
+    "plan": "say on paper what training would take on many GPUs",
+    "doctor": "show what this machine offers, or which programs can read a model",
 }
+
+# Verbs that several processes may run together, started by torchrun.
+ON_RANKS = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo")
 
 # What the shell reports for a process that the signal ended.
 INTERRUPTED = 130
@@ -101,6 +106,10 @@ def entry() -> NoReturn:
         # The reader (`| head`) has gone; Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = BROKEN_PIPE
+    if _ranks() > 1:  # the threads of torch.distributed now and then abort a process that ends slowly
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
@@ -115,8 +124,10 @@ def command(verb: str) -> tuple[Any, Callable[[Any], None]]:
 
 
 def _split_verb(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """The verb and its flags; what follows a two-word verb without a flag is `--data`."""
+    """The verb and its flags; what follows a two-word verb without a flag is `--data`, `doctor` `--model`."""
     two = " ".join(argv[:2])
+    if argv[0] == "doctor" and len(argv) > 1 and not argv[1].startswith("-"):
+        return "doctor", ["--model", *argv[1:]]
     if two not in VERBS:
         return argv[0], argv[1:]
     flags = argv[2:]
@@ -136,7 +147,14 @@ def _run(verb: str, flags: Sequence[str]) -> None:
     if verb not in VERBS:
         raise UserError(f"unknown verb {verb!r}; the nearest is {nearest(verb, VERBS)!r}, see fledge --help")
     config_class, run = command(verb)
-    config = parse(config_class, verb, flags)
+    try:
+        if _ranks() > 1 and verb not in ON_RANKS:
+            raise UserError("runs in one process: start it without torchrun")
+        config = parse(config_class, verb, flags)
+    except UserError:
+        if os.environ.get("RANK", "0") != "0":  # all ranks have the same to say: the first does
+            sys.exit(2)
+        raise
     if config is None:
         return
     try:
@@ -151,6 +169,11 @@ def _run(verb: str, flags: Sequence[str]) -> None:
                 f"{error.filename}: {error.strerror}; check the path and its permissions"
             ) from error
         raise
+
+
+def _ranks() -> int:
+    """How many processes torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 # What is wrong with a path that the user named, or with where it lies.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from fractions import Fraction
 
 from fledge.errors import UserError
 from fledge.rewards.matching import Row, Verifier, needed
-from fledge.tasks.tictactoe import best_moves, moves, read_board
+from fledge.tasks.tictactoe import best_moves, moves, read_board, read_move
 
 
 def tictactoe(*, legal: Fraction = Fraction(0)) -> Verifier:
@@ -23,9 +22,7 @@ def tictactoe(*, legal: Fraction = Fraction(0)) -> Verifier:
         board = read_board(shown) if isinstance(shown, str) else ""
         if not board or not moves(board):
             raise UserError(f'the field "board" must be a board on which the game goes on, not {shown!r}')
-        if not re.fullmatch("[1-9]", text.strip(" \t\r\n")):
-            return 0.0
-        cell = int(text)
+        cell = read_move(text)
         return 1.0 if cell in best_moves(board) else float(legal) if cell in moves(board) else 0.0
 
     return verify

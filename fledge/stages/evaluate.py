@@ -1,9 +1,11 @@
-"""`fledge evaluate`: bits per byte on texts, and answers to questions with known answers."""
+"""`fledge evaluate`: bits per byte on texts, answers to questions, and what several samples are worth."""
 
 from __future__ import annotations
 
 import json
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,30 +17,38 @@ from rich.table import Table
 from fledge.config import check_at_least, to_toml
 from fledge.data.conversations import read_texts
 from fledge.data.mixture import load_sources
+from fledge.data.prompts import Prompt
 from fledge.data.sources import split_documents
 from fledge.device import ComputeName, DeviceName, keep_freed_memory, pick_compute_dtype, pick_device
 from fledge.engine.engine import Engine
-from fledge.engine.text import LocalChat, complete_ids, load_engine
+from fledge.engine.text import LocalChat, TextCompletion, complete_ids, load_engine
 from fledge.errors import UserError
 from fledge.evals.bits import bits_per_byte
 from fledge.evals.facts import Share, is_refusal, token_f1
+from fledge.evals.task_samples import CheckedTask, read_task, sample_task
 from fledge.files import new_directory, read_jsonl, read_text, write_json, write_text
+from fledge.model.ngram import is_ngram
+from fledge.report.evaluate import write_evaluation_report
+from fledge.report.samples import WAYS
+from fledge.rewards.reward_model import Judge, load_judge
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.types import SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Measure a model: bits per byte on texts, and how many questions it answers right or refuses."""
+    """Measure a model: bits per byte on texts, questions it answers right, tasks with several samples."""
 
     model: Path
     """Model directory."""
     out: Path = Path("runs/evaluate")
-    """New directory for summary.json and answers.jsonl."""
+    """New directory for the figures, the answers and report.html."""
     data: tuple[str, ...] = ()
     """Texts to score in bits per byte: a mixture file (.toml), or NAME=PATH."""
     held_out: float | None = None
     """Score only the documents that `fledge pretrain --validation-share` of this size held out."""
+    baseline: Path | None = None
+    """Model directory to score the same texts, such as an n-gram model: what counting alone gets."""
     questions: tuple[Path, ...] = ()
     """JSONL files of {"question": ..., "answer": ...}; answer null: the right answer is a refusal."""
     ask: Literal["chat", "plain"] = "chat"
@@ -46,13 +56,29 @@ class Config:
     few_shot: Path | None = None
     """Text file put before each plain question, such as a few answered ones."""
     max_tokens: int = 48
-    """Most tokens of an answer; decoding is greedy."""
+    """Most tokens of an answer to a question; decoding is greedy."""
+    tasks: tuple[Path, ...] = ()
+    """Directories of `fledge task`, or JSONL files of prompts: problems whose answers a program checks."""
+    reward: tuple[str, ...] = ()
+    """By what an answer to a problem is right, as in exact or countdown; by default the task's own."""
+    right_from: float | None = None
+    """Reward from which an answer is right; by default the most that verifiers give."""
+    samples: int = 8
+    """Answers to each problem, of which one is chosen by vote, by verifier, or by --reward-model."""
+    reward_model: Path | None = None
+    """Reward model that chooses among the answers, too."""
+    temperature: float = 1.0
+    """Randomness of these answers."""
+    completion_tokens: int = 256
+    """Most tokens of an answer to a problem; one that is cut off is wrong."""
+    seed: int = 0
+    """Seed of these answers."""
     window_tokens: int = 256
     """Context in which texts are scored."""
     limit: int | None = None
-    """Ask only the first questions of each file."""
+    """Ask only the first questions or problems of each file."""
     batch_size: int = 128
-    """Questions answered at once."""
+    """Answers made at once."""
     device: DeviceName = "auto"
     """Where to run."""
     compute: ComputeName = "auto"
@@ -62,42 +88,75 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Score, print a table, and write `summary.json` and `answers.jsonl`."""
-    if not config.data and not config.questions:
-        raise UserError("nothing to measure: give --data texts or --questions files")
+    """Measure, print tables, and write `summary.json`, `answers.jsonl`, `samples.jsonl`, `report.html`."""
+    if not config.data and not config.questions and not config.tasks:
+        raise UserError("nothing to measure: give --data texts, --questions files or --tasks")
     _check(config)
     questions = {path: _read_questions(path)[: config.limit] for path in config.questions}
+    tasks = [read_task(path, config.reward, config.right_from, config.limit) for path in config.tasks]
     shown = read_text(config.few_shot) + "\n" if config.few_shot else ""
     started = time.perf_counter()
     keep_freed_memory()
     device = pick_device(config.device)
-    engine, tokenizer = load_engine(config.model, device=device, batch_size=config.batch_size)
-    engine.compute_dtype = pick_compute_dtype(device, config.compute)
-    bits = _bits(config, engine, tokenizer)
+    engine, tokenizer = _load(config, config.model)
+    judge = load_judge(config.reward_model, device) if config.reward_model else None
     answers = [
         row
         for path in config.questions
         for row in _answers(config, path.stem, questions[path], shown, engine, tokenizer)
     ]
+    sampled = {task.name: _sampled(config, task, engine, tokenizer, judge) for task in tasks}
     summary = {
         "stage": "evaluate",
         "model": str(config.model),
-        "bits_per_byte": bits,
+        "bits_per_byte": _bits(config, engine, tokenizer),
+        "baseline": _baseline(config),
         "questions": {
             path.stem: _scores([a for a in answers if a["set"] == path.stem]) for path in config.questions
         },
+        "tasks": {name: figures for name, (figures, _) in sampled.items()},
         "seconds": round(time.perf_counter() - started, 1),
     }
     with new_directory(config.out, overwrite=config.overwrite) as directory:
         write_text(directory / "config.toml", to_toml(config))
-        rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers)
-        write_text(directory / "answers.jsonl", rows)
+        write_text(directory / "answers.jsonl", _lines(answers))
+        if sampled:
+            rows = [row for _, found in sampled.values() for row in found]
+            write_text(directory / "samples.jsonl", _lines(rows))
         write_json(directory / "summary.json", summary)
+        write_evaluation_report(directory)
     _print(Console(), summary)
+
+
+def _lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _load(config: Config, model: Path) -> tuple[Engine, Tokenizer]:
+    device = pick_device(config.device)
+    engine, tokenizer = load_engine(model, device=device, batch_size=config.batch_size)
+    if not is_ngram(model):
+        engine.compute_dtype = pick_compute_dtype(device, config.compute)
+    return engine, tokenizer
+
+
+def _baseline(config: Config) -> dict[str, Any] | None:
+    """The same texts by another model; bits per byte compare whatever the tokenizers."""
+    if config.baseline is None:
+        return None
+    return {"model": str(config.baseline), "bits_per_byte": _bits(config, *_load(config, config.baseline))}
 
 
 def _check(config: Config) -> None:
     check_at_least(config, 1, "max_tokens", "window_tokens", "limit", "batch_size")
+    check_at_least(config, 1, "samples", "completion_tokens")
+    check_at_least(config, 0, "seed")
+    if not 0 < config.temperature < math.inf:
+        raise UserError(f"--temperature {config.temperature}: must be above 0, or all samples are the same")
+    if config.baseline and not config.data:
+        raise UserError("--baseline scores the texts of --data; name some")
+    if config.ask == "plain" and config.reward_model:
+        raise UserError("--reward-model judges the turns of chats: leave --ask plain out")
     if config.few_shot and config.ask != "plain":
         raise UserError("--few-shot goes with --ask plain: a chat is asked as it is")
     if config.held_out is not None and not 0 < config.held_out < 1:
@@ -109,12 +168,10 @@ def _check(config: Config) -> None:
             raise UserError(
                 f"{config.out}: holds no evaluation, so --overwrite leaves it; choose another --out"
             )
-    stems = [path.stem for path in config.questions]
-    for path in config.questions:
-        if stems.count(path.stem) > 1:
-            raise UserError(
-                f"--questions: two files are called {path.stem!r}; results go by the name, rename one"
-            )
+    for flag, paths in (("questions", config.questions), ("tasks", config.tasks)):
+        stems = [path.stem for path in paths]
+        if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
+            raise UserError(f"--{flag}: two files are called {twice!r}; results go by the name, rename one")
 
 
 def _bits(config: Config, engine: Engine, tokenizer: Tokenizer) -> dict[str, float]:
@@ -162,6 +219,24 @@ def _answers(
     ]
 
 
+def _sampled(
+    config: Config, task: CheckedTask, engine: Engine, tokenizer: Tokenizer, judge: Judge | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What several answers to a task's problems are worth, as `sample_task` has it."""
+
+    def ask(problems: Sequence[Prompt], params: SamplingParams) -> Sequence[TextCompletion]:
+        if config.ask == "chat":
+            return LocalChat(engine, tokenizer).replies([one.messages for one in problems], params)
+        texts = [str(one.messages[-1].get("content") or "") for one in problems]
+        starts = [[tokenizer.start_id, *tokenizer.encode(text)] for text in texts]
+        return complete_ids(engine, tokenizer, starts, params)
+
+    params = SamplingParams(
+        config.temperature, max_tokens=config.completion_tokens, seed=config.seed, n=config.samples
+    )
+    return sample_task(task, ask, params, judge)
+
+
 def _read_questions(path: Path) -> list[dict[str, Any]]:
     lines = []
     for number, row in read_jsonl(path):
@@ -188,17 +263,29 @@ def _scores(answers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _print(console: Console, summary: dict[str, Any]) -> None:
-    if summary["bits_per_byte"]:
-        table = Table("text", "bits per byte", title=escape(summary["model"]))
-        for name, figure in summary["bits_per_byte"].items():
-            table.add_row(escape(name), f"{figure:.3f}")
+    title = escape(summary["model"])
+    if bits := summary["bits_per_byte"]:
+        baseline = summary["baseline"]
+        table = Table("text", "bits per byte", *(["baseline"] if baseline else []), title=title)
+        for name, figure in bits.items():
+            beside = [f"{baseline['bits_per_byte'][name]:.3f}"] if baseline else []
+            table.add_row(escape(name), f"{figure:.3f}", *beside)
         console.print(table)
     if summary["questions"]:
         columns = ("questions", "asked", "right (95% interval)", "refused (95% interval)")
-        table = Table(*columns, title=escape(summary["model"]))
+        table = Table(*columns, title=title)
         for name, scores in summary["questions"].items():
             cells = [percent(scores["right"]) if scores["right"] else "-", percent(scores["refused"])]
             table.add_row(escape(name), str(scores["refused"]["n"]), *cells)
+        console.print(table)
+    for name, figures in summary["tasks"].items():
+        curves = figures["curves"]
+        heads = [WAYS[way] for way in curves]
+        table = Table("samples", "tokens", *heads, title=f"{escape(name)}: share of problems right")
+        table.add_row("greedy", f"{figures['greedy']['tokens']:.0f}", percent(figures["greedy"]))
+        for row in zip(*curves.values(), strict=True):
+            shares = [percent({**point, "rate": point["mean"]}) for point in row]
+            table.add_row(str(row[0]["k"]), f"{row[0]['tokens']:.0f}", *shares)
         console.print(table)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -16,15 +16,17 @@ from fledge.engine.text import LocalChat, load_engine
 from fledge.errors import UserError
 from fledge.evals.facts import Share
 from fledge.files import read_jsonl, write_json
-from fledge.rewards.verifiers import read_rewards, verifier, weighted_sum
+from fledge.rewards.verifiers import VERIFIERS, Reward, read_rewards, verifier, weighted_sum
 from fledge.tasks.addition import addition_task
 from fledge.tasks.countdown import MIN_TARGET, countdown_task
 from fledge.tasks.files import Task, write_task
 from fledge.tasks.games import is_test_board, tictactoe_task
 from fledge.tasks.lines import policy_lines
-from fledge.tasks.tictactoe import PLAYERS, best_moves, moves, positions, show
+from fledge.tasks.tictactoe import NOTATIONS, PLAYERS, best_moves, moves, positions
 from fledge.train.progress import say
 from fledge.types import Rollout, SamplingParams
+
+Notation = Literal["rows", "cells"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,8 @@ class CountdownConfig:
     """Largest target; the smallest is 10."""
     trace_lines: int = 16
     """Longest search that an example shows, with its solution."""
+    steps: bool = True
+    """Show the search before the answer; without, examples are expressions alone."""
     seed: int = 0
     """The same seed and settings give the same bytes."""
     overwrite: bool = False
@@ -101,7 +105,7 @@ def countdown(config: CountdownConfig) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TictactoeConfig:
-    """Write tic-tac-toe: boards as X.O/.X./..O X to answer with a cell, and the games of a weak player."""
+    """Write tic-tac-toe: boards to answer with a cell, and recorded games."""
 
     out: Path = Path("runs/tictactoe")
     """New directory: sft.jsonl, text.jsonl, prompts.jsonl, test.jsonl, manifest.json."""
@@ -111,6 +115,10 @@ class TictactoeConfig:
     """Test boards; by default all, a tenth, none of which is turned or mirrored elsewhere."""
     games: int = 2_000
     """Recorded games, as conversations and as plain text."""
+    player: Literal["random", "weak", "depth-2", "minimax"] = "weak"
+    """Who plays them, both sides: weak wins where it can at once and otherwise moves at random."""
+    notation: Notation = "rows"
+    """How prompts write a board: rows as X.O/.X./..O X, or cells as +15-39, the mover's and the other's."""
     seed: int = 0
     """The same seed and settings give the same bytes."""
     overwrite: bool = False
@@ -132,14 +140,17 @@ class CheckConfig:
     """JSONL file of rows with "completions" and what the reward compares with."""
     reward: tuple[str, ...]
     """What is right, as in exact or number:tolerance=0.01; several are summed, each with a weight: 0.9*x."""
+    right_from: float | None = None
+    """Reward from which a completion is right; by default the most that verifiers give."""
     out: Path | None = None
     """File for the figures, as JSON."""
     examples: int = 0
-    """How many completions with less than the best reward to show."""
+    """How many completions that are not right to show."""
 
 
 def check(config: CheckConfig) -> None:
-    """Print the mean reward, and the shares of right completions and of prompts with a right one."""
+    """Print the mean reward, and the shares of right completions and of prompts with a right one, where it is
+    known what is right."""
     check_at_least(config, 0, "examples")
     if config.out is not None and config.out.exists():
         raise UserError(f"{config.out}: exists already; choose another --out")
@@ -149,27 +160,42 @@ def check(config: CheckConfig) -> None:
     if not rollouts:
         raise UserError(f"{config.data}: holds no completions")
     rewards = weighted_sum(rewards_read)(rollouts)
-    # A verifier gives at most 1.
-    best = sum(max(reward.weight, 0.0) for reward in rewards_read) - 1e-9
+    best = _right_from(config, rewards_read)
     left = iter(rewards)
-    right = [[next(left) >= best for _ in group] for group in groups]
+    by_prompt = [[next(left) for _ in group] for group in groups]
     summary: dict[str, Any] = {
         "reward": list(config.reward),
         "mean_reward": sum(rewards) / len(rewards),
-        "right": Share(sum(map(sum, right)), len(rollouts)).as_dict(),
-        "prompts_with_a_right_one": Share(sum(map(any, right)), len(groups)).as_dict(),
+        "highest_reward": max(rewards),
         "cut_off": sum(not rollout.ended for rollout in rollouts),
     }
+    if best is not None:
+        right = [[reward >= best for reward in group] for group in by_prompt]
+        summary["right"] = Share(sum(map(sum, right)), len(rollouts)).as_dict()
+        summary["prompts_with_a_right_one"] = Share(sum(map(any, right)), len(groups)).as_dict()
     if config.out is not None:
         write_json(config.out, summary)
     console = Console()
-    wrong = [pair for pair in zip(rollouts, rewards, strict=True) if pair[1] < best]
+    least = max(rewards) if best is None else best
+    wrong = [pair for pair in zip(rollouts, rewards, strict=True) if pair[1] < least]
     for rollout, reward in wrong[: config.examples]:
         say(console, f"--- {rollout.where}, reward {reward:g}\n{rollout.completion}")
     say(console, f"{len(rollouts):,} completions of {len(groups):,} prompts, {summary['cut_off']:,} cut off")
     say(console, f"mean reward:              {summary['mean_reward']:.4f}")
+    if best is None:
+        say(console, f"highest reward:           {max(rewards):g} (--right-from: from which one is right)")
+        return
     say(console, f"right:                    {_percent(summary['right'])}")
     say(console, f"prompts with a right one: {_percent(summary['prompts_with_a_right_one'])}")
+
+
+def _right_from(config: CheckConfig, rewards: Sequence[Reward]) -> float | None:
+    """The reward from which a completion is right; None where a function's highest is not known."""
+    if config.right_from is not None:
+        return config.right_from - 1e-9
+    if not all(reward.name.partition(":")[0] in VERIFIERS for reward in rewards):
+        return None
+    return sum(max(reward.weight, 0.0) for reward in rewards) - 1e-9  # a verifier gives 0 to 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +208,8 @@ class PlayConfig:
     """File for the figures, as JSON."""
     max_tokens: int = 8
     """Longest answer to a board; its last line is the move. Decoding is greedy."""
+    notation: Notation = "rows"
+    """How the model reads a board, as of fledge task tictactoe."""
     batch_size: int = 256
     """Boards answered at once."""
     device: DeviceName = "auto"
@@ -195,7 +223,7 @@ def play(config: PlayConfig) -> None:
         raise UserError(f"{config.out}: exists already; choose another --out")
     device = pick_device(config.device)
     chat = LocalChat(*load_engine(config.model, device=device, batch_size=config.batch_size))
-    policy = _moves_of(chat, config.max_tokens)
+    policy = _moves_of(chat, config.max_tokens, NOTATIONS[config.notation])
     boards = [board for board in positions() if moves(board)]
     tests = [board for board in boards if is_test_board(board)]
     summary: dict[str, Any] = {
@@ -252,11 +280,11 @@ def _rollouts(where: str, row: dict[str, Any]) -> list[Rollout]:
     ]
 
 
-def _moves_of(chat: LocalChat, max_tokens: int) -> dict[str, int]:
+def _moves_of(chat: LocalChat, max_tokens: int, write: Callable[[str], str]) -> dict[str, int]:
     """A model's greedy move on every board on which a game goes on; none where it names no cell."""
     boards = [board for board in positions() if moves(board)]
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-    replies = chat.replies([[{"role": "user", "content": show(board)}] for board in boards], params)
+    replies = chat.replies([[{"role": "user", "content": write(board)}] for board in boards], params)
     is_cell = verifier("regex:pattern=[1-9],last_line=true")
     return {
         board: int(reply.text.strip()[-1])

@@ -109,11 +109,12 @@ def countdown_task(
     largest: int = 20,
     max_target: int = 99,
     trace_lines: int = 16,
+    steps: bool = True,
 ) -> Task:
     """Problems of as many numbers from 1 to `largest` as `numbers` says, with targets from 10 to
     `max_target`: `train` prompts, `test` test questions, `starter` conversations and `text` texts that show a
     search of at most `trace_lines` lines (a problem for which a hundred random orders find none is no
-    example). Raises UserError if there are not so many problems."""
+    example), or without `steps` the expression alone. Raises UserError if there are not so many problems."""
 
     def make(rng: random.Random, for_test: bool) -> Countdown | None:
         problem = _random_problem(rng, rng.choice(numbers), largest)
@@ -124,6 +125,8 @@ def countdown_task(
         problem = make(rng, for_test=False)
         if problem is None:
             return None
+        if not steps:
+            return problem, [problem.solution]
         searches = (search(problem.numbers, problem.target, rng, trace_lines) for _ in range(TRIES))
         lines = next(filter(None, searches), None)
         return (problem, lines) if lines else None
@@ -135,13 +138,14 @@ def countdown_task(
     pairs = [(problem.prompt, "\n".join(lines)) for problem, lines in shown]
     return Task(
         "countdown",
-        "countdown:last_line=true",
+        "countdown:last_line=true" if steps else "countdown",
         {
             "seed": seed,
             "numbers": list(numbers),
             "largest": largest,
             "max_target": max_target,
             "trace_lines": trace_lines,
+            "steps": steps,
         },
         sft=[conversation(*pair) for pair in pairs[:starter]],
         text=[{"text": "\n".join(pair)} for pair in pairs[:text]],

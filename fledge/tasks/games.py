@@ -1,18 +1,36 @@
-"""Files for tic-tac-toe: boards to move on, and the recorded games of a weak player."""
+"""Files for tic-tac-toe: boards to move on, and the recorded games of a player against itself."""
 
 from __future__ import annotations
 
 import random
 
 from fledge.tasks.files import Task, conversation, is_test
-from fledge.tasks.tictactoe import EMPTY, canonical, moves, play, positions, show, weak_player
+from fledge.tasks.tictactoe import (
+    EMPTY,
+    NOTATIONS,
+    PLAYERS,
+    Player,
+    canonical,
+    moves,
+    play,
+    positions,
+    show,
+)
 
 
-def tictactoe_task(seed: int, train: int | None, test: int | None, games: int) -> Task:
+def tictactoe_task(
+    seed: int,
+    train: int | None,
+    test: int | None,
+    games: int,
+    player: str = "weak",
+    notation: str = "rows",
+) -> Task:
     """Boards on which a game goes on: `train` prompts and `test` test questions (None: all, 4,520 together),
-    split so that no test board is a training board turned or mirrored; `games` games in which a weak player
-    plays both sides, as conversations (board, move) and as texts (a game each, a line for each move). Moves
-    on test boards are left out of both."""
+    split so that no test board is a training board turned or mirrored; `games` games in which one of
+    `PLAYERS` plays both sides, as conversations (board, move) and as texts (a game each, a line for each
+    move). Moves on test boards are left out of both. Prompts are boards in one of `NOTATIONS`."""
+    write = NOTATIONS[notation]
     boards = [board for board in positions() if moves(board)]
     parts: dict[bool, list[str]] = {False: [], True: []}
     for board in boards:
@@ -21,17 +39,21 @@ def tictactoe_task(seed: int, train: int | None, test: int | None, games: int) -
         random.Random(f"{seed} {purpose}").shuffle(part)
     rng = random.Random(f"{seed} games")
     recorded = [
-        [(show(board), str(cell)) for board, cell in weak_game(rng) if not is_test_board(board)]
+        [
+            (write(board), str(cell))
+            for board, cell in recorded_game(PLAYERS[player], rng)
+            if not is_test_board(board)
+        ]
         for _ in range(games)
     ]
     return Task(
         "tictactoe",
         "tictactoe",
-        {"seed": seed, "games": games},
+        {"seed": seed, "games": games, "player": player, "notation": notation},
         sft=[conversation(*pair) for game in recorded for pair in game],
         text=[{"text": "\n".join(" ".join(pair) for pair in game)} for game in recorded if game],
-        prompts=[_row(board) for board in parts[False][:train]],
-        test=[_row(board) for board in parts[True][:test]],
+        prompts=[{"prompt": write(board), "board": show(board)} for board in parts[False][:train]],
+        test=[{"prompt": write(board), "board": show(board)} for board in parts[True][:test]],
     )
 
 
@@ -40,16 +62,12 @@ def is_test_board(board: str) -> bool:
     return is_test(canonical(board))
 
 
-def weak_game(rng: random.Random) -> list[tuple[str, int]]:
-    """A game of the weak player against itself: boards and moves."""
+def recorded_game(player: Player, rng: random.Random) -> list[tuple[str, int]]:
+    """A game of a player against itself: boards and moves."""
     board, game = EMPTY, []
     while moves(board):
-        choices = weak_player(board)
+        choices = player(board)
         cell = rng.choices(list(choices), list(choices.values()))[0]
         game.append((board, cell))
         board = play(board, cell)
     return game
-
-
-def _row(board: str) -> dict[str, str]:
-    return {"prompt": show(board), "board": show(board)}

@@ -1,11 +1,13 @@
 """Tic-tac-toe: rules, the value of every position, and opponents.
 
 A board is 9 characters, row by row: `X`, `O` and `.` for an empty cell; X begins. Cells are numbered 1 to 9.
-As text (`show`) the rows are parted by slashes and whose move it is follows: `X.O/.X./..O X`.
+As text it is written in rows (`show`), parted by slashes, and whose move it is follows: `X.O/.X./..O X`; or
+as cells (`show_cells`), first the mover's, then the other's: `+15-39`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache, lru_cache
 
@@ -22,9 +24,24 @@ def show(board: str) -> str:
     return f"{board[:3]}/{board[3:6]}/{board[6:]} {mover(board)}"
 
 
+def show_cells(board: str) -> str:
+    """A board as the mover's cells and the other's, which are the digits that a move is: `+15-39`."""
+    own = mover(board)
+    cells = [(str(cell), mark) for cell, mark in enumerate(board, start=1) if mark != "."]
+    mine, others = (
+        "".join(cell for cell, mark in cells if (mark == own) is is_own) for is_own in (True, False)
+    )
+    return f"+{mine}-{others}"
+
+
+NOTATIONS: dict[str, Callable[[str], str]] = {"rows": show, "cells": show_cells}
+
+
 def read_board(text: str) -> str:
-    """The board of a text as `show` writes it, or without slashes or mover. Raises UserError for another
-    text, or for marks that no game can have."""
+    """The board of a text as one of `NOTATIONS` writes it; of rows, slashes and mover may be missing. Raises
+    UserError for another text, or for marks that no game can have."""
+    if found := re.fullmatch(r"\+([1-9]*)-([1-9]*)", text.strip()):
+        return _of_cells(text, *found.groups())
     board, _, named = text.strip().partition(" ")
     board = board.replace("/", "")
     if len(board) != 9 or set(board) - set("XO."):
@@ -32,6 +49,22 @@ def read_board(text: str) -> str:
     if board.count("X") - board.count("O") not in (0, 1) or named not in ("", mover(board)):
         raise UserError(f"{text!r}: X and O move in turn, and X begins")
     return board
+
+
+def _of_cells(text: str, mine: str, others: str) -> str:
+    if len(set(mine + others)) < len(mine + others) or len(others) - len(mine) not in (0, 1):
+        raise UserError(
+            f"{text!r} is no board; each cell is one side's, and the mover has as many or one less"
+        )
+    marks = dict.fromkeys(mine, "X" if len(mine) == len(others) else "O")
+    marks |= dict.fromkeys(others, "O" if len(mine) == len(others) else "X")
+    return "".join(marks.get(str(cell), ".") for cell in range(1, 10))
+
+
+def read_move(text: str) -> int | None:
+    """The cell that a text names, 1 to 9 and nothing else; None for another text."""
+    bare = text.strip(" \t\r\n")
+    return int(bare) if re.fullmatch("[1-9]", bare) else None
 
 
 def mover(board: str) -> str:

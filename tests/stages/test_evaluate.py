@@ -184,13 +184,15 @@ def test_existing_results_stay_until_they_are_replaced(
         json.loads((out / "summary.json").read_text())["bits_per_byte"].keys()
         != first["bits_per_byte"].keys()
     )
-    assert {path.name for path in out.iterdir()} == {"config.toml", "answers.jsonl", "summary.json"}
+    assert {path.name for path in out.iterdir()} == {
+        "config.toml", "answers.jsonl", "summary.json", "report.html",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "nothing to measure: give --data texts or --questions files"),
+        ([], "nothing to measure: give --data texts, --questions files or --tasks"),
         (["--data", "{tmp}/nothing.txt"], "no such file or folder: {tmp}/nothing.txt"),
         (["--data", "{tmp}/empty.txt"], "{tmp}/empty.txt: no text to score"),
         (["--data", "{tmp}/bad.txt"], "{tmp}/bad.txt:1: not valid UTF-8"),

@@ -10,7 +10,7 @@ import pytest
 
 from fledge.cli import main
 from fledge.files import read_jsonl
-from fledge.tasks.tictactoe import moves, positions
+from fledge.tasks.tictactoe import best_moves, moves, positions, read_board
 from fledge.tokenizer.bpe import train_bpe
 
 from ..models import save_chain_model
@@ -48,6 +48,15 @@ def test_the_files(flags: list[str], rows: tuple[int | None, ...], tmp_path: Pat
     assert manifest["reward"] in printed.err
 
 
+def test_who_plays_the_recorded_games(tmp_path: Path) -> None:
+    """A perfect player makes best moves alone."""
+    flags = ["task", "tictactoe", "--games", "20", "--player", "minimax", "--out", str(tmp_path / "task")]
+    assert main(flags) == 0
+    rows = [row["messages"] for _, row in read_jsonl(tmp_path / "task" / "sft.jsonl")]
+    assert all(int(reply["content"]) in best_moves(read_board(ask["content"])) for ask, reply in rows)
+    assert json.loads((tmp_path / "task" / "manifest.json").read_text())["settings"]["player"] == "minimax"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -58,6 +67,7 @@ def test_the_files(flags: list[str], rows: tuple[int | None, ...], tmp_path: Pat
         (["countdown", "--numbers", "4", "--trace-lines", "3"], "--trace-lines 3: must be at least 4"),
         (["countdown", "--max-target", "9"], "--max-target 9: must be at least 10"),
         (["tictactoe", "--games", "-1"], "--games -1: must be at least 0"),
+        (["tictactoe", "--player", "master"], "master"),
         (["chess"], "fledge task"),
     ],
 )
@@ -94,6 +104,26 @@ def test_check_counts_what_is_right(tmp_path: Path, capsys: Capture) -> None:
     printed = capsys.readouterr().out
     assert f"{data}:1, reward 0.5\n579" in printed
     assert "0.6000" in printed
+
+
+@pytest.mark.parametrize(("flags", "right"), [([], None), (["--right-from", "3"], 2)])
+def test_what_is_right_by_a_function_has_to_be_said(
+    flags: list[str], right: int | None, tmp_path: Path, capsys: Capture
+) -> None:
+    """Nobody knows how much a function may give: a reward of 1 is not right because a verifier's is."""
+    rules = tmp_path / "rules.py"
+    rules.write_text("def length(rollouts):\n    return [len(one.completion) for one in rollouts]")
+    texts = ("a", "bbb", "cccc", "dd")
+    data = write_answers(tmp_path / "answers.jsonl", [{"completions": [*map(completion, texts)]}])
+    out = tmp_path / "figures.json"
+    asked = ["--reward", f"{rules}:length", "--out", str(out), "--examples", "9", *flags]
+    assert main(["task", "check", str(data), *asked]) == 0
+    figures, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert figures["mean_reward"] == 2.5 and figures["highest_reward"] == 4
+    assert figures.get("right", {}).get("successes") == right
+    assert ("prompts_with_a_right_one" in figures) == ("right: " in printed) == (right is not None)
+    assert ("--right-from" in printed) == (right is None)
+    assert printed.count("--- ") == (3 if right is None else 2)
 
 
 @pytest.mark.parametrize(

@@ -160,3 +160,13 @@ def test_problems_are_within_the_settings_and_have_a_solution() -> None:
         assert all(1 <= number <= 15 for number in row["numbers"])
         assert row["target"] not in row["numbers"]
         assert verify(row["solution"], row) == 1.0
+
+
+def test_expressions_alone() -> None:
+    task = countdown_task(0, train=5, test=5, starter=20, text=20, numbers=(3,), steps=False)
+    assert task.reward == "countdown"
+    for line in task.text:
+        asked, said = line["text"].split("\n")
+        target, numbers = asked.split(" from ")
+        value, used = evaluate(said, plain=True)
+        assert value == int(target) and sorted(used) == sorted(map(int, numbers.split()))

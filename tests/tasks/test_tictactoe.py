@@ -9,7 +9,7 @@ from fractions import Fraction
 import pytest
 
 from fledge.errors import UserError
-from fledge.tasks.games import is_test_board, tictactoe_task, weak_game
+from fledge.tasks.games import is_test_board, recorded_game, tictactoe_task
 from fledge.tasks.lines import Lines, all_lines, policy_lines
 from fledge.tasks.tictactoe import (
     EMPTY,
@@ -23,7 +23,9 @@ from fledge.tasks.tictactoe import (
     positions,
     random_player,
     read_board,
+    read_move,
     show,
+    show_cells,
     value,
     weak_player,
     winner,
@@ -129,15 +131,49 @@ def test_players_by_hand() -> None:
 @pytest.mark.parametrize("board", positions()[::97])
 def test_a_board_is_read_back(board: str) -> None:
     assert read_board(show(board)) == read_board(board) == read_board(show(board)[:-2]) == board
+    assert read_board(show_cells(board)) == board
+
+
+def test_a_board_as_cells_is_seen_by_the_mover() -> None:
+    assert show_cells(EMPTY) == "+-"
+    assert show_cells("X.O.X....") == "+3-15"  # O moves
+    assert show_cells("X.O.X...O") == "+15-39"
+    task = tictactoe_task(0, train=3, test=3, games=3, notation="cells")
+    for row in [*task.prompts, *task.test]:
+        assert read_board(row["prompt"]) == read_board(row["board"]) and row["prompt"][0] == "+"
+    for line in task.sft:
+        assert line["messages"][1]["content"] not in line["messages"][0]["content"], "a free cell"
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "X", "x......../", "XX.......", "O........", "X.O/.X./..O O", "X.O/.X./..O X X", "XOX.O.X.O."],
+    [
+        "",
+        "X",
+        "+11-2",
+        "+1-1",
+        "+12-3",
+        "+1-234",
+        "+0-1",
+        "x......../",
+        "XX.......",
+        "O........",
+        "X.O/.X./..O O",
+        "X.O/.X./..O X X",
+        "XOX.O.X.O.",
+    ],
 )
 def test_what_is_no_board(text: str) -> None:
     with pytest.raises(UserError, match=r"board|in turn"):
         read_board(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [("7", 7), (" 7\n", 7), ("0", None), ("77", None), ("7.", None), ("\u0667", None), ("7 8", None)],
+)
+def test_a_move_is_one_digit_and_nothing_else(text: str, cell: int | None) -> None:
+    assert read_move(text) == cell
 
 
 def test_a_move_that_is_not_allowed_is_an_error() -> None:
@@ -158,15 +194,18 @@ def test_the_files_split_boards_by_symmetry() -> None:
     assert canonical(EMPTY) in train  # where every game begins
 
 
-def test_recorded_games_are_games() -> None:
+@pytest.mark.parametrize("name", PLAYERS)
+def test_recorded_games_are_games(name: str) -> None:
     rng = random.Random(0)
-    for _ in range(100):
+    for _ in range(30):
         board = EMPTY
-        for shown, cell in weak_game(rng):
+        for shown, cell in recorded_game(PLAYERS[name], rng):
             assert shown == board
-            assert cell in weak_player(board)
+            assert cell in PLAYERS[name](board)
             board = play(board, cell)
         assert not moves(board)
+        if name == "minimax":
+            assert winner(board) is None
 
 
 def test_texts_are_games_without_test_boards() -> None:
