@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fledge.evals.bootstrap import Mean, together
 from fledge.rewards.best_of import kl_bound
 
 
@@ -57,3 +58,33 @@ def best_of_curve(
         )
         for n in ns
     ]
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Where the gold score is highest, and what lies around it."""
+
+    n: int
+    share: float
+    """The share of resamples of the questions in which it is highest there."""
+    gain: Mean
+    """From a single answer to the peak."""
+    fall: Mean
+    """From the peak to the largest n."""
+
+
+def peak_of(golds: Mapping[int, NDArray[np.float64]], seed: int, resamples: int = 10_000) -> Peak:
+    """The peak of the gold score, by n in rising order, of the same questions.
+
+    The peak is picked after looking, so the intervals hold for every n at once (see `together`): a curve
+    that only wavers has its peak somewhere, and falls from there, by chance alone.
+    """
+    ns = list(golds)
+    columns = np.stack([golds[n] for n in ns], axis=1)
+    place = int(columns.mean(0).argmax())
+    gains = together(columns - columns[:, :1], seed, resamples)
+    falls = together(columns[:, -1:] - columns, seed, resamples)
+    random, n = np.random.default_rng(seed), len(columns)
+    drawn = random.multinomial(n, np.full(n, 1 / n), size=resamples) @ columns
+    share = float((drawn.argmax(1) == place).mean())
+    return Peak(ns[place], share, gains[place], falls[place])

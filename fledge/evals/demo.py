@@ -17,7 +17,7 @@ def summarise(out: Path, align: str) -> dict[str, Any]:
     base, sft = read_json(out / "base/summary.json"), read_json(out / "sft/summary.json")
     models: dict[str, Any] = {}
     for name in (*EVALUATED, *(["aligned"] if aligned else [])):
-        summary = read_json(out / "evaluate" / name / "summary.json")
+        summary = read_json(out / "evaluate" / (align if name == "aligned" else name) / "summary.json")
         sets = summary["questions"]
         models[name] = {
             "bits_per_byte": summary["bits_per_byte"],
@@ -51,8 +51,8 @@ def _alignment(out: Path, align: str) -> dict[str, Any]:
         "preferences": read_json(out / "preferences/summary.json"),
         "reward": {name: reward[name] for name in shown if name in reward},
         "best_of": read_json(out / "best_of.json"),
-        "training": read_json(out / "aligned/summary.json"),
-        "comparison": read_json(out / "comparison.json"),
+        "training": read_json(out / align / "summary.json"),
+        "comparison": read_json(out / f"comparison_{align}.json"),
     }
 
 

@@ -6,16 +6,21 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fledge.data.facts import unit_hash
 from fledge.device import keep_freed_memory, pick_compute_dtype, pick_device
 from fledge.engine.text import LocalChat, load_engine
 from fledge.errors import UserError
-from fledge.evals.best_of import best_of_curve, best_of_means
+from fledge.evals.best_of import best_of_curve, best_of_means, peak_of
 from fledge.evals.bootstrap import Mean, bootstrap
 from fledge.evals.simulated_preferences import ask, gold_score, ranked, write_preferences
 from fledge.files import new_directory, read_jsonl, write_json, write_text
@@ -26,9 +31,11 @@ from fledge.types import Message, SamplingParams
 # with a padded answer, and of names that are kept for the examination of the reward model.
 ANSWERS, WARM = 4, 1.3
 SLIPS, PADDED, HELD_OUT = 0.1, 0.5, 0.12
+# Of the questions about names of fine-tuning and invented ones so many are asked: time is short.
+ASKED_SHARES = {"sft": 0.5, "preference": 1.0, "invented": 0.6}
 # A policy learns from answers as it gives them, at temperature 1, not padded: of warm ones it learns to avoid
 # beginnings that wrong and right answers share, of padded ones to break off.
-OWN_SHARES = {"sft": 0.2, "preference": 1.0, "invented": 0.6}
+OWN_SHARES = {"sft": 0.4, "preference": 1.0, "invented": 1.0}
 # Best-of-n: questions of each set, and how many of the answers (at temperature 1) are chosen from.
 BEST_OF_SETS = ("eval_test", "eval_invented")
 BEST_OF_QUESTIONS, BEST_OF = 100, (1, 2, 4, 8, 16)
@@ -53,7 +60,7 @@ def make_preferences(model: Path, questions: Path, out: Path, seed: int, limit: 
     `limit`: questions of each split. Raises UserError if all answers are equally good.
     """
     started = time.perf_counter()
-    rows = _limited([row for _, row in read_jsonl(questions)], limit)
+    rows = _limited([row for _, row in read_jsonl(questions) if _is_asked(row)], limit)
     chat = _chat(model)
     answers = ask(chat, [row["question"] for row in rows], ANSWERS, WARM, seed, MAX_TOKENS)
     summary: dict[str, Any] = {"questions": len(rows), "answers": ANSWERS, "temperature": WARM}
@@ -78,6 +85,11 @@ def make_preferences(model: Path, questions: Path, out: Path, seed: int, limit: 
         summary["own"] = {"questions": len(usual), "rankings": len(rankings)}
         summary["own"]["kinds"] = write_preferences(directory / "own.jsonl", rankings)
         write_json(directory / "summary.json", {**summary, "seconds": _since(started)})
+
+
+def _is_asked(row: Row) -> bool:
+    """Whether the assistant is asked a question at all."""
+    return unit_hash("asked", row["question"]) < ASKED_SHARES[row["split"]]
 
 
 def _is_usual(row: Row) -> bool:
@@ -110,8 +122,7 @@ def best_of_n(model: Path, reward: Path, corpus: Path, seed: int, limit: int | N
     for point in best_of_curve(rewards, golds, BEST_OF):
         spread = bootstrap(best_of_means(rewards, golds, point.n).tolist(), seed)
         curve.append({**asdict(point), "gold_low": spread.low, "gold_high": spread.high})
-    peak = max(curve, key=lambda point: point["gold"])["n"]
-    gold = {n: best_of_means(rewards, golds, n) for n in BEST_OF}
+    peak = peak_of({n: best_of_means(rewards, golds, n) for n in BEST_OF}, seed)
     by_set = {}
     for name in BEST_OF_SETS:
         places = [place for place, row in enumerate(rows) if row["set"] == name]
@@ -123,9 +134,10 @@ def best_of_n(model: Path, reward: Path, corpus: Path, seed: int, limit: int | N
         "temperature": 1.0,
         "curve": curve,
         "by_set": by_set,
-        "peak": peak,
-        "gain_to_peak": bootstrap((gold[peak] - gold[1]).tolist(), seed).as_dict(),
-        "last_minus_peak": bootstrap((gold[max(BEST_OF)] - gold[peak]).tolist(), seed).as_dict(),
+        "peak": peak.n,
+        "peak_share": peak.share,
+        "gain_to_peak": peak.gain.as_dict(),
+        "last_minus_peak": peak.fall.as_dict(),
         "seconds": _since(started),
     }
 
@@ -157,12 +169,53 @@ def compare(
             "after": sum(now) / len(now),
             "difference": difference.as_dict(),
         }
+    found["separation"] = _separations(before, after, seed)
     rows = _asked(corpus, limit)
     divergence, texts = sampled_kl(*models, [row["question"] for row in rows], seed)
     rewards, golds = _worth(reward, rows, texts)
     means = {"reward": _means(rewards), "gold": _means(golds)}
     aligned = {name: bootstrap(values, seed).as_dict() for name, values in means.items()}
     return {**found, "kl": divergence.as_dict(), "aligned": aligned, "seconds": _since(started)}
+
+
+def _separations(
+    before: Mapping[tuple[str, str], Row], after: Mapping[tuple[str, str], Row], seed: int
+) -> dict[str, Any]:
+    """d' of invented and test names, by whether they are refused, before and after: what a threshold that is
+    moved does not change. The difference is resampled in pairs, the two sets each for itself."""
+    counts = [
+        Counter(
+            (before[key]["refused"], after[key]["refused"])
+            for key in before
+            if key[0] == questions and key in after
+        )
+        for questions in ("eval_invented", "eval_test")
+    ]
+    outcomes = [(False, False), (False, True), (True, False), (True, True)]
+    tables = [np.array([[count[outcome] for outcome in outcomes]]) for count in counts]
+    random = np.random.default_rng(seed)
+    drawn = [random.multinomial(int(t.sum()), t[0] / t.sum(), size=10_000) for t in tables]
+    (was, now), (was_drawn, now_drawn) = (
+        [d_prime(*(refused_of(table, side) for table in pair)) for side in (0, 1)] for pair in (tables, drawn)
+    )
+    low, high = np.quantile(now_drawn - was_drawn, (0.025, 0.975))
+    n = int(sum(table.sum() for table in tables))
+    difference = Mean(float(now[0] - was[0]), float(low), float(high), n)
+    return {"before": float(was[0]), "after": float(now[0]), "difference": difference.as_dict()}
+
+
+def refused_of(table: NDArray[np.int_], side: int) -> NDArray[np.float64]:
+    """Shares refused before (side 0) or after (1), from counts (R, 4) of (no, no), (no, yes), (yes, no) and
+    (yes, yes). Half a name more on each side keeps them off 0 and 1 (Hautus 1995)."""
+    refused = table[:, 2] + table[:, 3] if side == 0 else table[:, 1] + table[:, 3]
+    return np.asarray((refused + 0.5) / (table.sum(1) + 1))
+
+
+def d_prime(hits: NDArray[np.float64], false_alarms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """z(hits) - z(false alarms): how many standard deviations two normal distributions of equal width are
+    apart (Green & Swets 1966)."""
+    z = np.vectorize(NormalDist().inv_cdf)
+    return np.asarray(z(hits) - z(false_alarms))
 
 
 def sampled_kl(

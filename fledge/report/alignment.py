@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from fledge.report.charts import COLOURS, Chart, Row, loss_chart, new_figure, to_svg
+from fledge.report.page import percent
 
 # What a summary with an alignment cannot do without, as paths into it.
 REQUIRED = (
     *(f"alignment.{part}" for part in ("method", "preferences", "reward", "training.seconds")),
-    *(f"alignment.best_of.{key}" for key in ("curve", "peak", "gain_to_peak", "last_minus_peak")),
+    *(f"alignment.best_of.{key}" for key in ("curve", "peak", "peak_share")),
+    *(f"alignment.best_of.{key}" for key in ("gain_to_peak", "last_minus_peak")),
     *(f"alignment.comparison.{key}" for key in ("invented_answered", "test_wrongly_refused", "test_right")),
     *(f"alignment.comparison.{key}" for key in ("kl", "aligned.reward.mean", "aligned.gold.mean")),
+    "alignment.comparison.separation",
 )
 MEASURES = {
     "invented_answered": ("Invented names, answered", "lower is better: there is nothing to know"),
@@ -42,11 +45,13 @@ def alignment_section(alignment: Mapping[str, Any], out: Path) -> dict[str, Any]
         "preferences": alignment["preferences"],
         "reward": alignment["reward"],
         "kinds": _kinds(alignment["reward"]),
+        "misjudged": misjudged(_kinds(alignment["reward"])),
         "link": "reward/report.html" if (out / "reward/report.html").exists() else None,
         "charts": charts,
         "turn": " ".join([turn_sentence(best_of), *_by_set(best_of)]),
         "best_of": best_of,
         "changes": [_change(name, comparison[name]) for name in MEASURES],
+        "apart": apart_sentence(comparison["separation"], method),
         "kl": comparison["kl"],
         "kl_said": _spread(comparison["kl"], "{:.2f}".format),
         "aligned": comparison["aligned"],
@@ -72,13 +77,34 @@ def turn_sentence(best_of: Mapping[str, Any]) -> str:
     less = f"{signed(fall['mean'])} (95% interval {_spread(fall, signed)})"
     if peak == last:
         return f"The gold score does not turn down: it is highest for n = {last}, {more}."
+    told = "The intervals allow for the peak having been picked as the highest of all."
     if fall["high"] < 0:
         return (
-            f"The gold score turns down: from its highest at n = {peak} to n = {last} it changes by {less}."
+            f"The gold score turns down: from its highest at n = {peak} to n = {last} it changes by {less}. "
+            + told
         )
     return (
-        f"Whether the gold score turns down cannot be told from chance: it is highest for n = {peak}, and "
-        f"from there to n = {last} it changes by {less}."
+        f"Whether the gold score turns down cannot be told from chance: it is highest for n = {peak} (in "
+        f"{100 * best_of['peak_share']:.0f}% of the resamples too), {more}, and from there to n = {last} it "
+        f"changes by {less}. {told}"
+    )
+
+
+def apart_sentence(separation: Mapping[str, Any], method: str) -> str:
+    """Whether the aligned model tells real from invented names better, or only refuses otherwise."""
+    difference = separation["difference"]
+    told = (
+        f"in standard deviations (d\N{PRIME}) the assistant keeps them {separation['before']:.2f} apart, the "
+        f"model after {method} {separation['after']:.2f} (difference {signed(difference['mean'])}, 95% "
+        f"interval {_spread(difference, signed)})"
+    )
+    if difference["low"] > 0:
+        return f"It tells real from invented names better: {told}."
+    if difference["high"] < 0:
+        return f"It tells real from invented names worse: {told}."
+    return (
+        f"It does not clearly tell real from invented names better: {told}. What changes is how readily it "
+        "refuses, which trades wrong refusals against invented answers."
     )
 
 
@@ -131,6 +157,11 @@ def _kinds(reward: Mapping[str, Any]) -> list[Row]:
         said = f"{KINDS.get(better, better)} against {KINDS.get(worse, worse)}"
         found.append({"name": said, **figures["accuracy"]})
     return sorted(found, key=lambda row: -row["n"])
+
+
+def misjudged(kinds: Sequence[Row]) -> list[str]:
+    """The kinds of pairs that the reward model clearly judges the wrong way round, in words."""
+    return [f"{row['name']} ({percent(row['rate'])})" for row in kinds if row["high"] < 0.5]
 
 
 def _curve(curve: Sequence[Row], comparison: Mapping[str, Any], method: str, key: str, title: str) -> Chart:

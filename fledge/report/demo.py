@@ -63,14 +63,14 @@ def write_demo_report(out: Path) -> Path:
         "models": models,
         "shown": _shown(models),
         "headline": headline,
-        "chat": f"fledge chat --model {shlex.quote(str(out / final / 'model'))}",
+        "chat": f"fledge chat --model {shlex.quote(str(out / _folder(final, summary) / 'model'))}",
         "bits": _bits(summary),
-        "answers": _answers(out, _shown(models)),
+        "answers": _answers(out, summary, _shown(models)),
         "samples": _samples(out),
         "manifest": _optional_json(out / "corpus/manifest.json"),
         "environment": _optional_json(out / "base/environment.json"),
-        "evaluation_seconds": _evaluation_seconds(out, models),
-        "configs": _configs(out, models),
+        "evaluation_seconds": _evaluation_seconds(out, summary),
+        "configs": _configs(out, summary),
     }
     page = environment().get_template("report.html").render(context)
     write_text(out / "report.html", page)
@@ -79,6 +79,11 @@ def write_demo_report(out: Path) -> Path:
 
 def _method(summary: Mapping[str, Any]) -> str:
     return str(summary["alignment"]["method"]).upper()
+
+
+def _folder(model: str, summary: Mapping[str, Any]) -> str:
+    """The directory of a model or its evaluation: an aligned one's is called by its method."""
+    return str(summary["alignment"]["method"]) if model == "aligned" else model
 
 
 def _models(summary: Mapping[str, Any]) -> dict[str, str]:
@@ -119,18 +124,19 @@ def _optional_rows(path: Path, *fields: str) -> list[Row] | None:
     return rows
 
 
-def _evaluation_seconds(out: Path, models: Mapping[str, str]) -> float | None:
-    found = [_optional_json(out / "evaluate" / name / "summary.json") for name in models]
+def _evaluation_seconds(out: Path, summary: Mapping[str, Any]) -> float | None:
+    folders = [out / "evaluate" / _folder(name, summary) for name in _models(summary)]
+    found = [_optional_json(folder / "summary.json") for folder in folders]
     seconds = [each["seconds"] for each in found if each and "seconds" in each]
     return sum(seconds) if len(seconds) == len(found) else None
 
 
-def _configs(out: Path, models: Mapping[str, str]) -> dict[str, str]:
+def _configs(out: Path, summary: Mapping[str, Any]) -> dict[str, str]:
     """The settings of each stage as they were saved, by the stage's name."""
-    stages = {"pretrain": "base", "sft": "sft"}
+    stages, models = {"pretrain": "base", "sft": "sft"}, _models(summary)
     if "aligned" in models:
-        stages |= {"reward": "reward", "alignment": "aligned"}
-    stages |= {f"evaluate, {title}": f"evaluate/{name}" for name, title in models.items()}
+        stages |= {"reward": "reward", _method(summary): _folder("aligned", summary)}
+    stages |= {f"evaluate, {title}": f"evaluate/{_folder(name, summary)}" for name, title in models.items()}
     paths = {stage: out / folder / "config.toml" for stage, folder in stages.items()}
     return {stage: path.read_text(encoding="utf-8") for stage, path in paths.items() if path.exists()}
 
@@ -159,12 +165,12 @@ def _bits(summary: Mapping[str, Any]) -> list[Row]:
     return [{"source": source, "bits": [figures[source] for figures in bits]} for source in sources]
 
 
-def _answers(out: Path, models: Mapping[str, str]) -> dict[str, list[Row]] | None:
+def _answers(out: Path, summary: Mapping[str, Any], models: Mapping[str, str]) -> dict[str, list[Row]] | None:
     """Some questions of each set, evenly chosen, with every model's answer and what it is worth."""
     fields = ("set", "question", "gold", "answer", "f1", "refused")
     tables: dict[str, dict[tuple[str, str], Row]] = {}
     for model in models:
-        rows = _optional_rows(out / "evaluate" / model / "answers.jsonl", *fields)
+        rows = _optional_rows(out / "evaluate" / _folder(model, summary) / "answers.jsonl", *fields)
         if not rows:
             return None
         tables[model] = {(row["set"], row["question"]): row for row in rows}
@@ -209,7 +215,7 @@ def _samples(out: Path) -> list[Row]:
 
 def _curves(out: Path, aligned: Mapping[str, Any] | None) -> list[Chart]:
     """Losses, validation and learning rates of the training stages, as far as they were logged."""
-    runs = ("base", "sft", "reward", "aligned")
+    runs = ("base", "sft", "reward", str(aligned["method"]) if aligned else "none")
     base, sft, *pairs = (_optional_rows(out / run / "metrics.jsonl", "tokens") or [] for run in runs)
     charts: list[Chart | None] = [
         loss_chart("pretraining", base, "Pretraining: loss", "nats per token of the training text"),

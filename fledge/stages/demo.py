@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -33,6 +35,8 @@ MIXTURE = {"facts": 0.86, "questions": 0.04, "chats": 0.08, "topics": 0.01, "sou
 BATCH_TOKENS = 2048
 QUESTION_SETS = ("eval_seen", "eval_test", "eval_invented")
 VALIDATION_SHARE = 0.02
+# Seen and invented names that are asked about: differences of a point or two are to be seen.
+ASKED = 1000
 REWARD = {"new_layers": 2, "batch_prompts": 8, "epochs": 2, "no_controls": True}
 DPO = {"epochs": 1, "batch_prompts": 16, "adam_lr": 1e-4, "validation_share": 0}
 PPO = {"batch_prompts": 64, "max_tokens": 48, "epochs": 2, "minibatches": 2, "validation_share": 0}
@@ -62,7 +66,7 @@ class Config:
     without_test_documents: bool = False
     """Leave the documents of the test names out of the corpus: the control that could not have read them."""
     align: Literal["dpo", "ppo", "none"] = "none"
-    """Go on with simulated preferences, a reward model and an aligned model: some minutes more."""
+    """Go on with simulated preferences, a reward model and an aligned model; also with a finished demo."""
     limit: int | None = None
     """Ask only the first questions of each set, and make at most so many roll-outs of PPO."""
     overwrite: bool = False
@@ -73,10 +77,11 @@ def main(config: Config) -> None:
     """Run every stage as the command a user would give, then write the report."""
     console = Console(stderr=True)
     _check(config)
-    run = Run.open(config.out, to_toml(replace(config, overwrite=False)), config.overwrite)
+    began = replace(config, overwrite=False, align=_began_with(config))
+    run = Run.open(config.out, to_toml(began), config.overwrite)
     run.begin({})
     report = config.out / "report.html"
-    if report.exists():
+    if report.exists() and config.align in ("none", _aligned_by(config)):
         _say_goodbye(console, config, report)
         return
     started = time.perf_counter()
@@ -90,6 +95,23 @@ def main(config: Config) -> None:
         config.out / "summary.json", {**summarise(config.out, config.align), "seconds": round(seconds, 1)}
     )
     _say_goodbye(console, config, write_demo_report(config.out))
+
+
+def _began_with(config: Config) -> Any:
+    """The alignment that a demo in the directory began with; another one may be added to it later."""
+    saved = config.out / "config.toml"
+    if config.overwrite or not saved.exists():
+        return config.align
+    with suppress(ValueError):  # what is no TOML is refused with a message of its own
+        return tomllib.loads(saved.read_text(encoding="utf-8")).get("align", config.align)
+    return config.align
+
+
+def _aligned_by(config: Config) -> str | None:
+    """The alignment that the report of a finished demo is about."""
+    summary = config.out / "summary.json"
+    found: dict[str, Any] = read_json(summary).get("alignment", {}) if summary.exists() else {}
+    return found.get("method")
 
 
 def _check(config: Config) -> None:
@@ -109,7 +131,8 @@ def _raise_models(config: Config, console: Console) -> None:
     out, corpus, tokenizer = config.out, config.out / "corpus", config.out / "tokenizer"
     if not (corpus / "manifest.json").exists():
         console.print("building the corpus from the Python installation", highlight=False)
-        build_corpus(corpus, max_facts=config.facts, without_test_documents=config.without_test_documents)
+        left_out = config.without_test_documents
+        build_corpus(corpus, max_facts=config.facts, without_test_documents=left_out, evaluation_names=ASKED)
     sources = {name: f"{name}={corpus / name}.jsonl:{share}" for name, share in MIXTURE.items()}
     if not tokenizer.is_dir():
         texts = [source for name, source in sources.items() if name != "chats"]
@@ -150,7 +173,7 @@ def _raise_models(config: Config, console: Console) -> None:
 def _align(config: Config, console: Console) -> None:
     """Preferences, a reward model, best-of-n, an aligned model, its answers, and what has changed."""
     out, corpus, sft = config.out, config.out / "corpus", config.out / "sft/model"
-    preferences, reward, aligned = out / "preferences", out / "reward/model", out / "aligned/model"
+    preferences, reward, aligned = out / "preferences", out / "reward/model", out / config.align / "model"
     if not preferences.is_dir():
         _say(console, "asking the assistant several times each, and judging by a written rule")
         make_preferences(sft, corpus / "preference.jsonl", preferences, config.seed, config.limit)
@@ -165,18 +188,19 @@ def _align(config: Config, console: Console) -> None:
     if config.align == "dpo":
         own = preferences / "own.jsonl"  # empty where only padding makes a difference
         data = own if own.stat().st_size else preferences / "train.jsonl"
-        _run(console, "dpo", data=data, **learned, out=out / "aligned", **DPO)
+        _run(console, "dpo", data=data, **learned, out=out / "dpo", **DPO)
     else:
         rolled = {"rollouts": min(PPO_ROLLOUTS, config.limit or PPO_ROLLOUTS), **PPO}
         asked = {"prompts": preferences / "prompts.jsonl", "reward": reward, **learned}
-        _run(console, "ppo", **asked, out=out / "aligned", **rolled)
-    _evaluate(config, console, "aligned", aligned, **_scored(config))
-    if not (out / "comparison.json").exists():
+        _run(console, "ppo", **asked, out=out / "ppo", **rolled)
+    _evaluate(config, console, config.align, aligned, **_scored(config))
+    comparison = out / f"comparison_{config.align}.json"
+    if not comparison.exists():
         _say(console, "comparing the aligned model with the assistant before")
-        answers = out / "evaluate/sft/answers.jsonl", out / "evaluate/aligned/answers.jsonl"
+        answers = out / "evaluate/sft/answers.jsonl", out / f"evaluate/{config.align}/answers.jsonl"
         models = sft, aligned
         found = compare(answers, models, reward, corpus, config.seed, config.limit)
-        write_json(out / "comparison.json", found)
+        write_json(comparison, found)
 
 
 def _scored(config: Config) -> dict[str, Any]:
@@ -198,8 +222,7 @@ def _evaluate(config: Config, console: Console, name: str, model: Path, **settin
 
 
 def _say_goodbye(console: Console, config: Config, report: Path) -> None:
-    aligned, sft = config.out / "aligned/model", config.out / "sft/model"
-    chat = f"{_program()} chat --model {aligned if aligned.is_dir() else sft}"
+    chat = f"{_program()} chat --model {config.out / (_aligned_by(config) or 'sft') / 'model'}"
     known, invented = (
         next(read_jsonl(config.out / f"corpus/eval_{questions}.jsonl"))[1]["question"]
         for questions in ("seen", "invented")

@@ -17,7 +17,9 @@ from fledge.data.preference_rows import Preferences, read_judged, read_pairs, st
 from fledge.device import ComputeName, DeviceName, pick_compute_dtype, pick_device
 from fledge.errors import UserError
 from fledge.files import new_directory, sha256, write_json
-from fledge.model.checkpoint import load_model
+from fledge.model.checkpoint import load_model, read_weights
+from fledge.model.heads import add_blocks
+from fledge.model.lora import TARGETS, LoRA, add_lora, lora_of, parameter_line, read_adapter
 from fledge.model.transformer import CausalLM
 from fledge.run import Run, lineage
 from fledge.tokenizer.bpe import Tokenizer
@@ -36,6 +38,7 @@ from fledge.train.dpo import (
 from fledge.train.dpo_losses import WITHOUT_REFERENCE, LossName
 from fledge.train.loop import FitConfig, Metrics, fit, last_evaluation
 from fledge.train.optim import make_optimizers
+from fledge.train.parallel import Ranks, joined
 from fledge.train.progress import say
 from fledge.train.saving import save_assistant
 
@@ -70,8 +73,9 @@ class Config:
     """Most tokens in memory at once, padding included; larger batches are accumulated."""
     max_tokens: int | None = None
     """Longer completions (with their prompt) are left out; by default the model's context."""
-    adam_lr: float = 1e-4
-    """AdamW's peak learning rate; models of a billion parameters want a hundredth of the default."""
+    adam_lr: float | None = None
+    """AdamW's peak learning rate; by default 1e-4, for new layers 1e-3; models of a billion parameters want
+    a hundredth of that."""
     weight_decay: float = 0.0
     """Decoupled weight decay of all matrices."""
     warmup_steps: int = 10
@@ -80,6 +84,14 @@ class Config:
     """Share of the run, at its end, over which the learning rate falls to zero."""
     max_spike: float = 3.0
     """Stop when the loss jumps this much above its running mean."""
+    new_layers: int | None = None
+    """Train so many new layers above the assistant's, which stay as they are, instead of all weights."""
+    lora_rank: int | None = None
+    """Train an adapter (LoRA) of this rank beside frozen weights, which are then the reference too."""
+    lora_alpha: float | None = None
+    """The adapter counts alpha / rank times; by default alpha is twice the rank."""
+    lora_targets: tuple[str, ...] = TARGETS
+    """Layers that get an adapter."""
     checkpoint_activations: bool = False
     """Compute the inside of each block again in the backward pass: a third slower, far less memory."""
     validation_share: float = 0.1
@@ -100,10 +112,15 @@ class Config:
 
 def main(config: Config) -> None:
     """Train to the end, or go on where an interrupted run stopped."""
-    console = Console(stderr=True)
+    with joined(config.device) as ranks:
+        _train(config, ranks)
+
+
+def _train(config: Config, ranks: Ranks) -> None:
+    console = Console(stderr=True, quiet=not ranks.leads)
     _check(config)
     tokenizer = Tokenizer.load(config.model)
-    run = Run.open(config.out, to_toml(replace(config, overwrite=False)), config.overwrite)
+    run = Run.open(config.out, to_toml(replace(config, overwrite=False)), config.overwrite, ranks.leads)
     if run.finished:
         say(console, f"{config.out}: finished already; the model is {run.model}")
         return
@@ -114,12 +131,11 @@ def main(config: Config) -> None:
     found = _read(config, tokenizer, most)
     train, held = split_by_prompt(found.prompts, config.validation_share)
     objective = _objective(config, found, train, held, most)
-    plan = Plan(config.batch_prompts, config.micro_batch_tokens, config.epochs, config.seed)
+    plan = Plan(config.batch_prompts, config.micro_batch_tokens, config.epochs, config.seed, ranks)
     fit_config = _fit_config(config, len(train), dtype)
-    optimizers = make_optimizers(model, "adamw", 1.0, config.adam_lr, config.weight_decay)
-    memory = memory_line(
-        model, [*train, *held], config.micro_batch_tokens, dtype, config.checkpoint_activations
-    )
+    optimizers = make_optimizers(model, "adamw", 1.0, _rate(config), config.weight_decay)
+    sizes = (config.micro_batch_tokens, dtype, config.checkpoint_activations)
+    memory = memory_line(model, [*train, *held], *sizes, ranks)
     weights = sha256(sorted(config.model.glob("*.safetensors")))
     hashes = [sha256([path]) for path in config.data]
     inputs = {"the data": " ".join(hashes), "the tokenizer": tokenizer.fingerprint()}
@@ -129,31 +145,42 @@ def main(config: Config) -> None:
     scoring = scoring_of(model, dtype)
     reference = Reference({}, {})
     if config.loss not in WITHOUT_REFERENCE:
-        settings = (weights, plan, str(dtype), device.type, torch.__version__)
+        settings = (weights, plan, ranks.count, str(dtype), device.type, torch.__version__)
         fingerprint = fingerprint_of(train, objective, *settings, fingerprint_of(held, objective))
         compute = partial(reference_of, scoring, objective, plan, train, held)
         path = run.directory / "reference.json"
-        reference = cached_reference(path, fingerprint, [*train, *held], compute)
+        with ranks.leader_first():
+            reference = cached_reference(path, fingerprint, [*train, *held], compute)
 
     data = {path.name: content for path, content in zip(config.data, hashes, strict=True)}
     origin = lineage("dpo", config, config.model, data, tokenizer.fingerprint(), 0)
-    write = partial(save_assistant, model=model, tokenizer=tokenizer, origin=origin, base=config.model)
+    lora = _lora(config)
+    write = partial(
+        save_assistant, model=model, tokenizer=tokenizer, origin=origin, base=config.model, lora=lora
+    )
 
     def evaluate(_step: int) -> Metrics:
         return held_out_figures(scoring, objective, reference, plan, held)
 
     steps = preference_steps(scoring, objective, reference, plan, train)
     measure = evaluate if held else None
-    done = fit(model, optimizers, steps, objective.loss, fit_config, run, write, measure)
+    read = read_weights if lora is None else read_adapter
+    how = (fit_config, run, write, measure, None, read, ranks, config.loss == "kto")
+    done = fit(model, optimizers, steps, objective.loss, *how)
+    if not ranks.leads:
+        return
     with new_directory(run.model, overwrite=True) as directory:
         write(directory, done["tokens"])
     write_json(run.directory / "summary.json", _summary(model, run, done, found, train, held))
-    say(console, f"the aligned model is {run.model}; talk with it: fledge chat --model {run.model}")
+    what, verb = ("model", "chat") if lora is None else ("adapter", "merge")
+    say(console, f"the aligned {what} is {run.model}: fledge {verb} --model {run.model}")
 
 
 def _check(config: Config) -> None:
     check_at_least(config, 0, "seed")
-    check_at_least(config, 1, "batch_prompts", "micro_batch_tokens", "max_tokens")
+    check_at_least(config, 1, "batch_prompts", "micro_batch_tokens", "max_tokens", "new_layers")
+    if _lora(config) and config.new_layers:
+        raise UserError("--new-layers does not go with --lora-rank: choose what is trained")
     if not config.data:
         raise UserError("--data: name at least one file of preferences")
     for name in ("epochs", "beta", "good_weight", "bad_weight"):
@@ -182,7 +209,21 @@ def _load(config: Config, tokenizer: Tokenizer, device: torch.device) -> CausalL
             f"{config.model}: its tokenizer has ids that the model lacks; the files are of different models"
         )
     model.checkpoint_activations = config.checkpoint_activations
+    generator = torch.Generator().manual_seed(config.seed)
+    if config.new_layers:
+        add_blocks(model, config.new_layers, generator)
+    if (lora := _lora(config)) is not None:
+        add_lora(model, lora, generator)
     return model
+
+
+def _lora(config: Config) -> LoRA | None:
+    return lora_of(config.lora_rank, config.lora_alpha, config.lora_targets)
+
+
+def _rate(config: Config) -> float:
+    default = 1e-3 if config.new_layers else 1e-4
+    return default if config.adam_lr is None else config.adam_lr
 
 
 def _read(config: Config, tokenizer: Tokenizer, most: int) -> Preferences:
@@ -270,7 +311,7 @@ def _print_plan(
     say(
         console,
         f"{len(train):,} prompts to learn from, {len(held):,} held out; {what}; left out: "
-        f"{found.left_out_text()}\n{model.num_parameters():,} parameters; {fit_config.total_steps:,} steps; "
-        f"{config.loss}, beta {_beta(config):g}; AdamW, peak rate {config.adam_lr:.3g}; "
+        f"{found.left_out_text()}\n{parameter_line(model)}; {fit_config.total_steps:,} steps; "
+        f"{config.loss}, beta {_beta(config):g}; AdamW, peak rate {_rate(config):.3g}; "
         f"{fit_config.execution}\n{memory}",
     )

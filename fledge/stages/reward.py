@@ -41,6 +41,7 @@ from fledge.tokenizer.bpe import Tokenizer
 from fledge.train.comparisons import Plan, held_out_figures, memory_line, reward_steps, steps_of
 from fledge.train.loop import FitConfig, Metrics, fit
 from fledge.train.optim import make_optimizers
+from fledge.train.parallel import Ranks, joined
 from fledge.train.preference_losses import preference_loss
 from fledge.train.progress import say
 
@@ -112,10 +113,15 @@ class Config:
 
 def main(config: Config) -> None:
     """Train to the end, or go on where an interrupted run stopped; then examine what was learned."""
-    console = Console(stderr=True)
+    with joined(config.device) as ranks:
+        _run(config, ranks)
+
+
+def _run(config: Config, ranks: Ranks) -> None:
+    console = Console(stderr=True, quiet=not ranks.leads)
     _check(config)
     tokenizer = Tokenizer.load(config.model)
-    run = Run.open(config.out, to_toml(replace(config, overwrite=False)), config.overwrite)
+    run = Run.open(config.out, to_toml(replace(config, overwrite=False)), config.overwrite, ranks.leads)
     if run.finished:
         say(console, f"{config.out}: finished already; the model is {run.model}")
         return
@@ -137,21 +143,24 @@ def main(config: Config) -> None:
         inputs["the held-out data"] = sha256(config.held_out)
     fit_config = _fit_config(config, len(split[0]), dtype)
     optimizers = _optimizers(config, model)
-    memory = memory_line(model, split[0], config.micro_batch_tokens, dtype, config.checkpoint_activations)
+    sizes = (config.micro_batch_tokens, dtype, config.checkpoint_activations)
+    memory = memory_line(model, split[0], *sizes, ranks)
     run.begin(inputs)
     _print_plan(console, config, model, found, split, fit_config, memory)
 
     data = {path.name: content for path, content in zip(config.data, hashes, strict=True)}
     origin = lineage("reward", config, config.model, data, tokenizer.fingerprint(), 0)
     write = _writer(config, tokenizer, origin)
-    done = _train(config, model, optimizers, split, fit_config, run, write)
+    done = _train(config, model, optimizers, split, fit_config, run, write, ranks)
 
     score = partial(score_rows, compute_dtype=dtype, max_tokens=config.micro_batch_tokens)
     rewards = score(model, reference)
     figures = {"stage": "reward", "parameters": model.num_parameters(), **done}
     figures |= {"prompts": len(split[0]), "held_out": len(split[1]), **found.counts()}
     figures["offset"] = -sum(rewards) / len(rewards)
-    controls = _controls(config, tokenizer, split, fit_config, device) if config.controls else {}
+    controls = _controls(config, tokenizer, split, fit_config, device, ranks) if config.controls else {}
+    if not ranks.leads:
+        return
     held_rewards = score(model, [row for prompt in split[1] for row in prompt.ids])
     rows, own = pair_rows(split[1], held_rewards, **controls), agreement(found.prompts)
     figures |= {**examine(rows), "labelers_agree": None if own is None else own.as_dict()}
@@ -253,21 +262,27 @@ def _train(
     fit_config: FitConfig,
     run: Run,
     write: Callable[..., None],
+    ranks: Ranks,
 ) -> dict[str, Any]:
     def evaluate(_step: int) -> Metrics:
         return held_out_figures(model, split[1], fit_config.compute_dtype, config.micro_batch_tokens)
 
-    plan = Plan(config.batch_prompts, config.micro_batch_tokens, config.epochs, config.seed)
+    plan = Plan(config.batch_prompts, config.micro_batch_tokens, config.epochs, config.seed, ranks)
     steps = reward_steps(plan, split[0])
     loss = partial(preference_loss, centring=config.centring)
     measure = evaluate if split[1] else None
     read = read_weights if config.lora_rank is None else read_adapter
-    write_checkpoint = partial(write, model=model)
-    return fit(model, optimizers, steps, loss, fit_config, run, write_checkpoint, measure, model, read)
+    how = (fit_config, run, partial(write, model=model), measure, model, read)
+    return fit(model, optimizers, steps, loss, *how, ranks=ranks)
 
 
 def _controls(
-    config: Config, tokenizer: Tokenizer, split: Split, fit_config: FitConfig, device: torch.device
+    config: Config,
+    tokenizer: Tokenizer,
+    split: Split,
+    fit_config: FitConfig,
+    device: torch.device,
+    ranks: Ranks,
 ) -> dict[str, list[float]]:
     """Rewards of held-out completions by models that cannot know: their labels were shuffled, or they read no
     prompt. Each is a run of its own, of which only the rewards are kept."""
@@ -278,17 +293,19 @@ def _controls(
     }
     for name, own in splits.items() if split[1] else ():
         scores = config.out / "controls" / name / "rewards.json"
-        if not scores.exists():
-            run = Run.open(scores.parent, to_toml(replace(config, overwrite=False)))
+        if not ranks.share(scores.exists()):
+            run = Run.open(scores.parent, to_toml(replace(config, overwrite=False)), writes=ranks.leads)
             run.begin({})
             model = _load(config, tokenizer, device)
             named = replace(fit_config, label=f"control: {name}")
             write = _writer(config, tokenizer, {})
-            _train(config, model, _optimizers(config, model), own, named, run, write)
+            _train(config, model, _optimizers(config, model), own, named, run, write, ranks)
             rows = [row for prompt in own[1] for row in prompt.ids]
-            write_json(scores, score_rows(model, rows, fit_config.compute_dtype, config.micro_batch_tokens))
-            remove(scores.parent / "checkpoints")
-        rewards[name] = read_json(scores)
+            if ranks.leads:
+                how = (fit_config.compute_dtype, config.micro_batch_tokens)
+                write_json(scores, score_rows(model, rows, *how))
+                remove(scores.parent / "checkpoints")
+        rewards[name] = ranks.share(read_json(scores) if ranks.leads else None)
     return rewards
 
 

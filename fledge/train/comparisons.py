@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,9 @@ from fledge.data.comparisons import Comparison, batch_of, in_batches
 from fledge.device import autocast
 from fledge.model.heads import RewardModel
 from fledge.model.transformer import CausalLM
-from fledge.train.loop import Metrics, MicroBatch, Step, Steps
+from fledge.train.loop import Metrics, MicroBatch, Step, Steps, own_batches
 from fledge.train.memory import Setup, check_memory_here, trained_share
+from fledge.train.parallel import ALONE, Ranks
 from fledge.train.preference_losses import preference_loss
 
 
@@ -32,6 +33,7 @@ class Plan:
     micro_tokens: int
     epochs: float
     seed: int
+    ranks: Ranks = field(default=ALONE, repr=False)
 
     def steps(self, prompts: Sequence[Comparison], first: int = 0) -> Iterator[list[list[Comparison]]]:
         """The micro-batches (see `in_batches`) of each step from `first` on: whole prompts, in another order
@@ -44,7 +46,7 @@ class Plan:
                 for epoch, _ in places
             }
             chosen = [prompts[orders[epoch][i]] for epoch, i in places]
-            yield list(in_batches(chosen, self.micro_tokens))
+            yield self.ranks.even(list(in_batches(chosen, self.micro_tokens)))
 
 
 def comparison_steps(
@@ -58,7 +60,7 @@ def comparison_steps(
         first: int, _state: dict[str, Any], _metrics: Metrics | None
     ) -> Generator[Step, Metrics | None, None]:
         for parts in plan.steps(prompts, first):
-            yield Step(batches(parts))
+            yield Step(own_batches(plan.ranks, batches(parts)))
 
     return steps
 
@@ -88,6 +90,7 @@ def memory_line(
     micro_tokens: int,
     compute_dtype: torch.dtype,
     checkpointed: bool,
+    ranks: Ranks = ALONE,
 ) -> str:
     """A line about what training will take; UserError if that is too much (see `check_memory`)."""
     device = model.model.embed_tokens.weight.device
@@ -104,6 +107,8 @@ def memory_line(
         accumulates=len(parts) > 1,
         on_cpu=device.type == "cpu",
         trained_share=trained_share(model),
+        ranks=ranks.count,
+        neighbours=ranks.neighbours,
     )
     config, tables = model.config, 0.0
     if isinstance(model, RewardModel):

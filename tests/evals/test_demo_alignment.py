@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from fledge.engine.engine import Engine
 from fledge.evals import demo_alignment
-from fledge.evals.demo_alignment import compare, is_held_out, sampled_kl
+from fledge.evals.demo_alignment import compare, d_prime, is_held_out, refused_of, sampled_kl
 from fledge.model.config import ModelConfig
 from fledge.model.transformer import CausalLM
 from fledge.types import SamplingParams
@@ -65,6 +67,27 @@ def test_differences_are_paired_by_question(tmp_path: Path, monkeypatch: pytest.
     assert (found["kl"]["mean"], found["aligned"]["reward"]["mean"], found["aligned"]["gold"]["mean"]) == (
         0.5, 2.0, 0.5,
     )  # fmt: skip
+
+
+def test_separation_is_that_of_the_normal_distribution() -> None:
+    """97.725% against 50% is two standard deviations; a threshold that is moved leaves it as it is."""
+    share = np.array([NormalDist().cdf(x) for x in (2.0, 1.0, 0.5)])
+    other = np.array([NormalDist().cdf(x) for x in (0.0, -1.0, -1.5)])
+    assert d_prime(share, other) == pytest.approx([2.0, 2.0, 2.0])
+    counts = np.array([[5, 1, 2, 3]])  # refused before: 2 + 3, after: 1 + 3, of 11
+    assert [refused_of(counts, side)[0] for side in (0, 1)] == [5.5 / 12, 4.5 / 12]
+
+
+def test_separations_are_paired_and_those_of_the_shares() -> None:
+    """A model that refuses the same names is as far apart; one that refuses none of either is not at all."""
+    rows = [("eval_invented", i, i < 80) for i in range(100)] + [("eval_test", i, i < 20) for i in range(100)]
+    before = {(name, f"{i}"): {"refused": refused} for name, i, refused in rows}
+    same = demo_alignment._separations(before, before, 0)
+    z = NormalDist().inv_cdf
+    assert same["before"] == same["after"] == pytest.approx(z(80.5 / 101) - z(20.5 / 101))
+    assert same["difference"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 200}
+    none = demo_alignment._separations(before, {key: {"refused": False} for key in before}, 0)
+    assert none["after"] == 0.0 and none["difference"]["high"] < 0
 
 
 class Chat:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from fledge.errors import UserError
-from fledge.report.alignment import turn_sentence
+from fledge.report.alignment import apart_sentence, turn_sentence
 from fledge.report.demo import write_demo_report
 
 SUMMARIES = {
@@ -192,6 +192,7 @@ def alignment() -> dict[str, Any]:
                 "eval_invented": [{"n": 1, "gold": -0.2213}, {"n": 16, "gold": -0.4419}],
             },
             "peak": 8,
+            "peak_share": 0.61,
             "gain_to_peak": mean(0.1212, 0.04, 200),
             "last_minus_peak": mean(-0.0101, 0.02, 200),
             "seconds": 37.2,
@@ -205,6 +206,7 @@ def alignment() -> dict[str, Any]:
                 "difference": mean(0.0146, 0.02, 412),
             },
             "test_right": {"before": 0.6578, "after": 0.6699, "difference": mean(0.0121, 0.015, 412)},
+            "separation": {"before": 1.7412, "after": 1.7934, "difference": mean(0.0522, 0.08, 912)},
             "kl": mean(2.345, 0.25, 200),
             "aligned": {"reward": mean(-0.789, 0.11, 200), "gold": mean(0.4646, 0.06, 200)},
             "seconds": 22.9,
@@ -222,14 +224,14 @@ def write_alignment(demo: Path) -> Path:
     aligned = {key: share(*shares[name]) for name, key in keys.items()}
     summary["models"]["aligned"] = {**aligned, "bits_per_byte": bits}
     (demo / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
-    for folder in ("reward", "aligned", "evaluate/aligned"):
+    for folder in ("reward", "dpo", "evaluate/dpo"):
         (demo / folder).mkdir()
         (demo / folder / "config.toml").write_text(f'out = "{folder}"', encoding="utf-8")
     (demo / "reward/report.html").write_text("<!DOCTYPE html>", encoding="utf-8")
-    (demo / "evaluate/aligned/summary.json").write_text('{"seconds": 21.5}', encoding="utf-8")
-    write_jsonl(demo / "evaluate/aligned/answers.jsonl", answers("sft", random.Random("aligned")))
+    (demo / "evaluate/dpo/summary.json").write_text('{"seconds": 21.5}', encoding="utf-8")
+    write_jsonl(demo / "evaluate/dpo/answers.jsonl", answers("sft", random.Random("aligned")))
     rows = [{"step": s, "tokens": 3000 * s, "loss": 0.69 - 0.001 * s, "lr": 1e-4} for s in range(1, 180)]
-    for folder in ("reward", "aligned"):
+    for folder in ("reward", "dpo"):
         write_jsonl(demo / folder / "metrics.jsonl", rows)
     return demo
 
@@ -549,7 +551,7 @@ def test_the_alignment_has_its_sections(aligned: Path) -> None:
         "What the base model writes while it learns",
         "The run",
     ]
-    assert "fledge chat --model " + str(aligned / "aligned/model") in page.text
+    assert "fledge chat --model " + str(aligned / "dpo/model") in page.text
     charts = [attrs for tag, attrs in page.tags if tag == "svg"]
     assert len(charts) == 12  # those of before, best-of-n twice, the losses of reward model and DPO
     assert all(len(str(chart["aria-label"])) > 40 for chart in charts)
@@ -571,10 +573,34 @@ def test_the_alignment_has_every_figure(aligned: Path) -> None:
     figures = ["4,356", "2,859", "402", "80.9%", "of 1,003", "85.0%", "80.3%", "213", "71"]
     figures += ["6.7%", "3.2%", "\N{MINUS SIGN}3.5", "\N{MINUS SIGN}5.1 to \N{MINUS SIGN}1.9", "+1.5", "+1.2"]
     figures += ["for test names from 0.53 to 0.69", "from \N{MINUS SIGN}0.22 to \N{MINUS SIGN}0.44"]
-    figures += ["2.35", "2.10 to 2.60", "\N{MINUS SIGN}0.79", "0.46", "\N{MINUS SIGN}1.36", "0.31"]
+    figures += [
+        "1.74",
+        "1.79",
+        "+0.05",
+        "\N{MINUS SIGN}0.03 to +0.13",
+        "2.35",
+        "2.10 to 2.60",
+        "\N{MINUS SIGN}0.79",
+        "0.46",
+        "\N{MINUS SIGN}1.36",
+        "0.31",
+    ]
     figures += ["1 min 17 s", "1 min 51 s", "37 s", "1 min 34 s", "23 s"]
     for figure in figures:
         assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", said), figure
+
+
+def test_what_the_reward_model_has_the_wrong_way_round_is_said(aligned: Path) -> None:
+    assert "the wrong way round" not in Page(report(aligned)).text
+    summary = json.loads((aligned / "summary.json").read_text(encoding="utf-8"))
+    kinds = summary["alignment"]["reward"]["by_kinds"]
+    kinds["right against unknown"] = {"accuracy": share(37, 104), "blind": None}
+    kinds["wrong against padded"] = {"accuracy": share(30, 64), "blind": None}
+    (aligned / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    said = Page(report(aligned)).text
+    left, right = "\N{LEFT DOUBLE QUOTATION MARK}", "\N{RIGHT DOUBLE QUOTATION MARK}"
+    told = f"for right against {left}I don\N{RIGHT SINGLE QUOTATION MARK}t know{right} (35.6%): whoever"
+    assert told in said and "padded (" not in said
 
 
 def test_headline_has_a_column_for_the_aligned_model(aligned: Path) -> None:
@@ -603,6 +629,20 @@ def test_base_sft_and_aligned_model_answer_side_by_side(aligned: Path) -> None:
 )
 def test_says_whether_the_gold_score_turns_down(peak: int, fall: dict[str, float], said: str) -> None:
     assert said in turn_sentence({**alignment()["best_of"], "peak": peak, "last_minus_peak": fall})
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (0.2, "It tells real from invented names better: in standard deviations"),
+        (-0.2, "It tells real from invented names worse: in standard deviations"),
+        (0.05, "What changes is how readily it refuses"),
+    ],
+)
+def test_says_whether_names_are_told_apart_better(value: float, said: str) -> None:
+    separation = {"before": 1.7, "after": 1.7 + value, "difference": mean(value, 0.1, 900)}
+    told = apart_sentence(separation, "DPO")
+    assert said in told and f"the model after DPO {1.7 + value:.2f}" in told
 
 
 @pytest.mark.parametrize(

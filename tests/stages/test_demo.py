@@ -83,7 +83,7 @@ def test_leaves_what_it_promises(demo: Path) -> None:
         "sft/model/model.safetensors",
         "preferences/train.jsonl",
         "reward/model/model.safetensors",
-        "aligned/model/model.safetensors",
+        "dpo/model/model.safetensors",
     ):
         assert (demo / name).stat().st_size > 0
     summary = json.loads((demo / "summary.json").read_text())
@@ -144,7 +144,7 @@ def test_alignment_is_measured(demo: Path) -> None:
     assert all(a["reward"] < b["reward"] for a, b in pairwise(curve))
     assert all(-1 <= point["gold"] <= 1 for point in curve)
     comparison = alignment["comparison"]
-    sft, aligned = (rows_of(demo / f"evaluate/{name}/answers.jsonl") for name in ("sft", "aligned"))
+    sft, aligned = (rows_of(demo / f"evaluate/{name}/answers.jsonl") for name in ("sft", "dpo"))
     for rows, key in ((sft, "before"), (aligned, "after")):
         test = [row for row in rows if row["set"] == "eval_test"]
         assert comparison["test_right"][key] == sum(row["f1"] >= 0.8 for row in test) / len(test)
@@ -157,7 +157,7 @@ def test_alignment_is_measured(demo: Path) -> None:
 def test_without_an_alignment_it_stops_after_fine_tuning(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = ("preferences", "reward", "aligned", "evaluate/aligned", "best_of.json", "comparison.json")
+    made = ("preferences", "reward", "dpo", "evaluate/dpo", "best_of.json", "comparison_dpo.json")
     out = copied(demo, tmp_path / "demo", *made, align="none")
     ran = without_commands(monkeypatch)
     assert main(["demo", "--out", str(out), *TINY, "--align", "none"]) == 0
@@ -171,16 +171,16 @@ def test_the_parts_that_are_done_are_not_done_again(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Stopped between two parts, the next run makes what is missing as it would have been."""
-    out = copied(demo, tmp_path / "demo", "comparison.json")
+    out = copied(demo, tmp_path / "demo", "comparison_dpo.json")
     marked = json.loads((demo / "best_of.json").read_text()) | {"seconds": 12345.0}
     (out / "best_of.json").write_text(json.dumps(marked))
     ran = without_commands(monkeypatch)
     assert main(["demo", "--out", str(out), *ALIGNED]) == 0
     assert ran == ["pretrain", "sft", "reward", "dpo"]  # whose runs are finished: they say so and end
     assert json.loads((out / "best_of.json").read_text())["seconds"] == 12345.0
-    again, first = (json.loads((run / "comparison.json").read_text()) for run in (out, demo))
+    again, first = (json.loads((run / "comparison_dpo.json").read_text()) for run in (out, demo))
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
-    assert f"chat --model {out / 'aligned/model'}" in capsys.readouterr().err
+    assert f"chat --model {out / 'dpo/model'}" in capsys.readouterr().err
 
 
 def test_preferences_are_the_same_again(demo: Path, tmp_path: Path) -> None:
@@ -191,15 +191,48 @@ def test_preferences_are_the_same_again(demo: Path, tmp_path: Path) -> None:
         assert (again / name).read_bytes() == (demo / "preferences" / name).read_bytes()
 
 
+def moved(demo: Path, out: Path) -> Path:
+    """The same demo elsewhere, in all of its configurations."""
+    shutil.copytree(demo, out, ignore=shutil.ignore_patterns(".lock"))
+    for path in out.rglob("config.toml"):
+        path.write_text(path.read_text().replace(str(demo), str(out)))
+    return out
+
+
+def test_a_finished_demo_is_aligned_later(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that stopped after fine-tuning goes on from there, and so does one that was aligned otherwise."""
+    out = copied(demo, tmp_path / "demo", align="none")
+    ran = without_commands(monkeypatch)
+    plain, aligned = ["demo", "--out", str(out), *TINY], ["demo", "--out", str(out), *ALIGNED]
+    assert main(plain) == 0
+    assert "alignment" not in json.loads((out / "summary.json").read_text())
+    assert main(aligned) == 0
+    assert ran == ["pretrain", "sft", "pretrain", "sft", "reward", "dpo"]
+    assert json.loads((out / "summary.json").read_text())["alignment"]["method"] == "dpo"
+    assert "After DPO" in (out / "report.html").read_text()
+    ran.clear()
+    capsys.readouterr()
+    assert main(aligned) == main(plain) == 0 and ran == []
+    assert capsys.readouterr().err.count(f"chat --model {out / 'dpo/model'}") == 2
+    assert main([*plain, "--seed", "1"]) == 2, "another configuration all the same"
+
+
 @pytest.mark.slow
-def test_aligned_by_ppo(tmp_path: Path) -> None:
-    out = tmp_path / "demo"
+def test_aligned_by_both(demo: Path, tmp_path: Path) -> None:
+    """PPO after DPO, from the same preferences and reward model; the report is about what was asked last."""
+    out = moved(demo, tmp_path / "demo")
+    reward = (out / "reward/model/model.safetensors").read_bytes()
     assert main(["demo", "--out", str(out), *TINY, "--align", "ppo"]) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert summary["alignment"]["method"] == "ppo" and summary["models"]["aligned"]["seen"]["n"] == 6
-    assert "PPO" in (out / "report.html").read_text()
-    sft, aligned = ((out / f"{name}/model/model.safetensors").read_bytes() for name in ("sft", "aligned"))
-    assert sft != aligned
+    assert "After PPO" in (out / "report.html").read_text()
+    weights = [(out / f"{name}/model/model.safetensors").read_bytes() for name in ("sft", "dpo", "ppo")]
+    assert len(set(weights)) == 3
+    assert (out / "reward/model/model.safetensors").read_bytes() == reward
+    assert main(["demo", "--out", str(out), *ALIGNED]) == 0
+    assert json.loads((out / "summary.json").read_text())["alignment"]["method"] == "dpo"
 
 
 def test_conversations_fit_the_rows(demo: Path) -> None:
@@ -326,12 +359,12 @@ def test_ended_and_killed_it_goes_on_where_it_stopped(demo: Path, tmp_path: Path
     assert process.returncode == 130
 
     assert main(flags) == 0
-    for name in ("base", "sft", "reward", "aligned"):
+    for name in ("base", "sft", "reward", "dpo"):
         weights = f"{name}/model/model.safetensors"
         assert (out / weights).read_bytes() == (demo / weights).read_bytes()
     for name in ("preferences/train.jsonl", "preferences/held_out.jsonl", "preferences/prompts.jsonl"):
         assert (out / name).read_bytes() == (demo / name).read_bytes()
-    for name in ("base-plain", "base-few-shot", "sft", "aligned"):
+    for name in ("base-plain", "base-few-shot", "sft", "dpo"):
         answers = f"evaluate/{name}/answers.jsonl"
         assert (out / answers).read_bytes() == (demo / answers).read_bytes()
     assert (out / "report.html").exists()

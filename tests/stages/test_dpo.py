@@ -77,6 +77,15 @@ def logp(model_directory: Path, prompt: str, completion: str) -> float:
     return -float((nll * torch.tensor([chat.mask])[:, 1:]).sum())
 
 
+def gain(before: Path, after: Path) -> float:
+    """By how much more a model prefers the better answer to a prompt that was in neither part."""
+    found = [
+        logp(model, "What is fox?", "green trees") - logp(model, "What is fox?", REFUSAL)
+        for model in (before, after)
+    ]
+    return found[1] - found[0]
+
+
 def test_an_assistant_learns_what_is_preferred(flags: list[str], chat_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert cli.main(flags) == 0
@@ -90,11 +99,7 @@ def test_an_assistant_learns_what_is_preferred(flags: list[str], chat_run: Path,
     assert found["validation_accuracy"] > 0.9
     assert found["validation_margin"] > 0.1
     assert found["validation"] < 0.6
-    before, after = (
-        logp(model, "What is fox?", "green trees") - logp(model, "What is fox?", REFUSAL)
-        for model in (chat_run / "model", run / "model")
-    )
-    assert after > before + 1, "also for a prompt that was in neither part"
+    assert gain(chat_run / "model", run / "model") > 1
     lineage = json.loads((run / "model" / "lineage.json").read_text())
     assert (lineage["stage"], lineage["tokens"]) == ("dpo", found["tokens"])
     logged = [row for row in metrics(run) if "loss" in row]
@@ -143,18 +148,58 @@ def test_every_loss_learns(loss: LossName, flags: list[str], judgements: Path, t
         assert first["kl"] == 0.0
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", pytest.param("kto", marks=pytest.mark.slow)])
+def test_an_adapter_learns_beside_its_reference(flags: list[str], chat_run: Path, tmp_path: Path) -> None:
+    """Without the adapter the same weights are the reference: KL exactly 0 at first, as for a whole model."""
+    run, merged = tmp_path / "run", tmp_path / "merged"
+    assert cli.main(changed(flags, "--lora-rank", "4", "--adam-lr", "0.02", "--compute", "bf16")) == 0
+    assert metrics(run)[0]["validation_kl"] == metrics(run)[1]["kl"] == 0.0
+    assert metrics(run)[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert summary(run)["validation_accuracy"] > 0.9
+    assert (run / "model" / "adapter_model.safetensors").exists()
+    assert not (run / "model" / "model.safetensors").exists()
+    assert cli.main(["merge", "--model", str(run / "model"), "--out", str(merged)]) == 0
+    assert gain(chat_run / "model", merged) > 1
+    before, after = load_model(chat_run / "model"), load_model(merged)
+    assert torch.equal(before.model.embed_tokens.weight, after.model.embed_tokens.weight)
+
+
+def test_new_layers_learn_above_an_assistant_that_stays(
+    flags: list[str], chat_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert cli.main(changed(flags, "--new-layers", "1", "--adam-lr", "0.02")) == 0
+    assert metrics(run)[1]["kl"] == 0.0
+    assert summary(run)["validation_accuracy"] > 0.9
+    assert gain(chat_run / "model", run / "model") > 1
+    before, after = load_model(chat_run / "model"), load_model(run / "model")
+    assert after.config.num_hidden_layers == before.config.num_hidden_layers + 1
+    kept = {name: weight for name, weight in before.named_parameters() if name != "model.norm.weight"}
+    assert kept and all(torch.equal(after.get_parameter(name), weight) for name, weight in kept.items())
+
+
+INTERRUPTED = {
+    "sigmoid": [],
+    "kto": ["--loss", "kto"],
+    "lora": ["--lora-rank", "2"],
+    "new layers": ["--new-layers", "1"],
+}
+
+
+@pytest.mark.parametrize(
+    "kind", ["sigmoid", *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(INTERRUPTED)[1:])]
+)
 def test_killed_and_interrupted_the_result_is_the_same(
-    loss: str, flags: list[str], judgements: Path, tmp_path: Path
+    kind: str, flags: list[str], judgements: Path, tmp_path: Path
 ) -> None:
     out, whole = tmp_path / "run", tmp_path / "whole"
-    more = ["--data", str(judgements)] if loss == "kto" else []
-    flags = changed(flags, "--loss", loss, "--epochs", "8", "--evaluations", "12", *more)
+    more = [*INTERRUPTED[kind], *(["--data", str(judgements)] if kind == "kto" else [])]
+    flags = changed(flags, "--epochs", "8", "--evaluations", "12", *more)
     kill_and_interrupt(flags, out, (signal.SIGKILL, 6), (signal.SIGINT, 15))
     assert cli.main(flags) == 0
     assert cli.main(changed(flags, "--out", str(whole))) == 0
     assert metrics(out) == metrics(whole)
-    assert weights(out) == weights(whole)
+    name = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
+    assert (out / "model" / name).read_bytes() == (whole / "model" / name).read_bytes()
 
 
 def test_the_reference_is_read_once(flags: list[str], tmp_path: Path) -> None:
@@ -250,6 +295,10 @@ def test_judgements_left_out_are_named(flags: list[str], judgements: Path, tmp_p
             "--label-smoothing is for the losses sigmoid",
         ),
         (["--loss", "dpo"], "--loss"),
+        (["--lora-rank", "0"], "--lora-rank 0: must be at least 1"),
+        (["--lora-alpha", "4"], "--lora-alpha and --lora-targets go with --lora-rank"),
+        (["--lora-rank", "4", "--new-layers", "1"], "--new-layers does not go with --lora-rank"),
+        (["--new-layers", "0"], "--new-layers 0: must be at least 1"),
         (["--batch-prompts", "0"], "--batch-prompts 0: must be at least 1"),
         (["--validation-share", "1"], "--validation-share 1.0: must be at least 0 and below 1"),
         (["--adam-lr", "0"], "--adam-lr 0.0: must be a number above 0"),
