@@ -110,7 +110,14 @@ def reward(train: list[Ranking], held: list[Ranking], out: Path, args: argparse.
     subprocess.run(
         [*fledge, "reward", "--model", args.model, "--data", str(out / "train.jsonl"), *run], check=True
     )
-    scored = ["--data", str(out / "held.jsonl"), "--out", str(out / "scored.jsonl"), "--overwrite"]
+    scored = [
+        "--data",
+        str(out / "held.jsonl"),
+        "--out",
+        str(out / "scored.jsonl"),
+        "--overwrite",
+        "--skip-long",
+    ]
     subprocess.run([*fledge, "score", "--model", str(out / "run" / "model"), *scored], check=True)
     rows = [json.loads(line) for line in (out / "scored.jsonl").read_text().splitlines()]
     right = [

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
 
 from fledge.config import check_at_least, to_toml
 from fledge.device import ComputeName, DeviceName, pick_compute_dtype, pick_device
+from fledge.errors import UserError
 from fledge.files import new_directory, sha256, write_json
 from fledge.model.checkpoint import load_model, read_weights
 from fledge.model.lora import TARGETS, LoRA, add_lora, lora_of, parameter_line, read_adapter
@@ -25,10 +26,16 @@ from fledge.train.grpo import grpo_loss, grpo_steps, held_out_figures, memory_li
 from fledge.train.grpo_losses import Advantage, Mean
 from fledge.train.loop import FitConfig, Metrics, fit, last_evaluation
 from fledge.train.optim import make_optimizers
+from fledge.train.parallel import Ranks, joined
 from fledge.train.ppo import sample_lines
 from fledge.train.progress import say
 from fledge.train.prompts import Prompts, end_ids, read_split
 from fledge.train.saving import save_policy
+from fledge.train.self_play import game_prompts, play_figures, self_play_reward
+
+# Squares are averaged over a hundred steps: those of a policy's gradient are few and uneven. Gradients of
+# tokens that are hardly ever sampled are below eps, so that they are not blown up to full steps.
+ADAM = {"betas": (0.9, 0.99), "eps": 1e-8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +44,12 @@ class Config:
 
     model: Path
     """Model directory to start from; as it is now, it is also the reference."""
-    prompts: tuple[Path, ...]
+    prompts: tuple[Path, ...] = ()
     """JSONL or Parquet files of {"prompt"} or {"messages"}; other fields are for the reward."""
-    reward: tuple[str, ...]
+    reward: tuple[str, ...] = ()
     """A verifier, `file.py:function` or a reward model's directory; several are summed, as in 0.9*exact."""
+    game: Literal["tictactoe", "tictactoe-cells"] | None = None
+    """Instead of both: learn a game from playing against itself; its boards in rows, or as +15-39."""
     reward_as_text: bool = False
     """Let a reward model read conversations as text, in its own template: for another tokenizer."""
     out: Path = Path("runs/grpo")
@@ -65,9 +74,9 @@ class Config:
     """How often to sample further prompts in place of groups whose rewards are all equal."""
     missing_eos_score: float | None = None
     """Score of a completion that does not end within --max-tokens; by default what the reward gives it."""
-    epochs: int = 1
+    epochs: int = 2
     """How often each roll-out is learned from."""
-    minibatches: int = 1
+    minibatches: int = 2
     """Optimizer steps of an epoch."""
     micro_batch_tokens: int = 16_384
     """Most tokens in memory at once, padding included; larger minibatches are accumulated."""
@@ -81,13 +90,13 @@ class Config:
     """How far above 1; by default as far as below. 0.28 keeps rare tokens alive (DAPO)."""
     stop_kl: float | None = None
     """Stop when the KL of a roll-out (nats a completion) is above this."""
-    adam_lr: float = 1e-4
-    """AdamW's peak learning rate; models of a billion parameters want a hundredth of the default."""
+    adam_lr: float = 3e-5
+    """AdamW's peak learning rate: about a tenth of that at which the model last learned."""
     weight_decay: float = 0.0
     """Decoupled weight decay of all matrices."""
     warmup_steps: int = 10
     """Steps over which the learning rate rises."""
-    decay_share: float = 0.5
+    decay_share: float = 0.9
     """Share of the run, at its end, over which the learning rate falls to zero."""
     max_spike: float = 10.0
     """Stop when the loss jumps this much above its running mean."""
@@ -103,7 +112,7 @@ class Config:
     """Share of the prompts held out, chosen by a hash of their text."""
     evaluation_prompts: int = 64
     """Most held-out prompts to measure on."""
-    evaluation_samples: int = 1
+    evaluation_samples: int = 4
     """Completions for each of them."""
     evaluations: int = 10
     """How many times to save a checkpoint, measure on held-out prompts and show completions."""
@@ -121,28 +130,37 @@ class Config:
 
 def main(config: Config) -> None:
     """Train to the end, or go on where an interrupted run stopped."""
-    console = Console(stderr=True)
+    with joined(config.device) as ranks:
+        _train(config, ranks)
+
+
+def _train(config: Config, ranks: Ranks) -> None:
+    console = Console(stderr=True, quiet=not ranks.leads)
     check_at_least(config, 1, "decode_rows", "evaluation_prompts", "evaluation_samples")
     settings = Settings(**{field.name: getattr(config, field.name) for field in fields(Settings)})
     lora = lora_of(config.lora_rank, config.lora_alpha, config.lora_targets)
     tokenizer = Tokenizer.load(config.model)
-    run = Run.open(config.out, to_toml(replace(config, overwrite=False)), config.overwrite)
+    run = Run.open(config.out, to_toml(replace(config, overwrite=False)), config.overwrite, ranks.leads)
     if run.finished:
         say(console, f"{config.out}: finished already; the model is {run.model}")
         return
     device = pick_device(config.device)
     policy = load_policy(config.model, tokenizer, config.plain, device, config.checkpoint_activations)
     room = policy.config.max_position_embeddings - config.max_tokens
-    prompts = read_split(config.prompts, tokenizer, config.plain, room, config.validation_share)
+    prompts = _prompts(config, tokenizer, room)
     longest = prompts.longest + config.max_tokens
-    world = _world(config, lora, tokenizer, policy, settings, longest)
+    world = replace(_world(config, lora, tokenizer, policy, settings, longest), ranks=ranks)
+    if config.game is not None:
+        world = replace(world, rewards=[self_play_reward(world, prompts.train)], judges_apart=False)
     optimizers = make_optimizers(policy, "adamw", 1.0, config.adam_lr, config.weight_decay)
+    for group in optimizers[0].param_groups:
+        group |= ADAM
     fit_config = FitConfig.of(
         config,
         label="grpo",
         total_steps=config.rollouts * settings.updates,
         compute_dtype=world.compute_dtype,
-        validation_unit="(minus the held-out score)",
+        validation_unit="(minus the held-out score)" if config.game is None else "(share of lines lost)",
     )
     memory = memory_line(world, longest, config.checkpoint_activations)
     run.begin(_inputs(config, tokenizer))
@@ -154,6 +172,8 @@ def main(config: Config) -> None:
         save_policy(directory, policy, tokenizer, origin, list(world.eos_ids), config.model, lora)
 
     def evaluate(step: int) -> Metrics:
+        if config.game is not None:
+            return play_figures(world, prompts.train)
         held = prompts.held[: config.evaluation_prompts]
         figures, table = held_out_figures(world, held, config.evaluation_samples)
         for row in table:
@@ -167,15 +187,26 @@ def main(config: Config) -> None:
 
     stops: list[float] = []
     steps = grpo_steps(world, prompts.train, stops.append, idle)
-    loss, measure = partial(grpo_loss, settings=settings), evaluate if prompts.held else None
+    loss, measure = partial(grpo_loss, settings=settings), evaluate if prompts.held or config.game else None
     saved = read_weights if lora is None else read_adapter
-    done = fit(policy, optimizers, steps, loss, fit_config, run, write_policy, measure, policy, saved)
+    how = (fit_config, run, write_policy, measure, policy, saved)
+    done = fit(policy, optimizers, steps, loss, *how, ranks=ranks, reads_model=True)
+    if not ranks.leads:
+        return
     if stops:
         say(console, f"stopped: a KL of {stops[0]:.2f} nats a completion is above --stop-kl {config.stop_kl}")
     with new_directory(run.model, overwrite=True) as directory:
         write_policy(directory, done["tokens"])
     write_json(run.directory / "summary.json", _summary(run, policy, done, prompts, stops))
     say(console, f"the trained {'adapter' if lora else 'model'} is {run.model}")
+
+
+def _prompts(config: Config, tokenizer: Tokenizer, room: int) -> Prompts:
+    if config.game is None:
+        return read_split(config.prompts, tokenizer, config.plain, room, config.validation_share)
+    if config.prompts or config.reward:
+        raise UserError(f"--game {config.game} has its own prompts and reward: leave --prompts, --reward out")
+    return game_prompts(tokenizer, config.plain, room, config.game)
 
 
 def _world(
@@ -189,7 +220,8 @@ def _world(
     """The models and the rewards."""
     device = pick_device(config.device)
     dtype = pick_compute_dtype(device, config.compute)
-    rewards = read_specs(config.reward, tokenizer, config.reward_as_text, device, dtype, longest)
+    kinds = (tokenizer, config.reward_as_text, device, dtype, longest)
+    rewards = [] if config.game else read_specs(config.reward, *kinds)
     frozen = None
     if lora is None:
         frozen = load_model(config.model).to(device).requires_grad_(False)
@@ -228,6 +260,6 @@ def _print_plan(
     say(
         console,
         f"{prompts}\n{config.rollouts:,} roll-outs of {config.batch_prompts:,} groups of {config.samples:,} "
-        f"completions, {plan.total_steps:,} steps; rewards: {', '.join(config.reward)}\n"
+        f"completions, {plan.total_steps:,} steps; rewards: {', '.join(config.reward) or 'self-play'}\n"
         f"{parameter_line(policy)}; AdamW, peak rate {config.adam_lr:.3g}; {plan.execution}\n{memory}",
     )

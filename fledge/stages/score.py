@@ -31,6 +31,8 @@ class Config:
     """JSONL or Parquet file of conversations {"messages": [...]}, or of preferences."""
     out: Path | None = None
     """File for the rows with their rewards; by default stdout."""
+    skip_long: bool = False
+    """Leave out and count rows that are longer than the model reads, instead of ending with an error."""
     device: DeviceName = "auto"
     """Where to run."""
     compute: ComputeName = "auto"
@@ -49,12 +51,17 @@ def main(config: Config) -> None:
     rows = [(where, row, _encoded(judge, row, where)) for where, row in file_rows(config.data, _BAD)]
     if not rows:
         raise UserError(f"{config.data}: holds no conversations")
-    for where, _, encoded in rows:
-        longest = max(map(len, encoded))
-        if longest > judge.max_tokens:
-            raise UserError(
-                f"{where}: {longest} tokens; the reward model reads {judge.max_tokens}: leave the line out"
-            )
+    fitting = [one for one in rows if max(map(len, one[2])) <= judge.max_tokens]
+    skipped = len(rows) - len(fitting)
+    if skipped and not config.skip_long:
+        where, longest = next((w, n) for w, _, ids in rows if (n := max(map(len, ids))) > judge.max_tokens)
+        raise UserError(
+            f"{where}: {longest} tokens; the reward model reads {judge.max_tokens}: leave the line out, or "
+            f"all {skipped} that are too long with --skip-long"
+        )
+    rows = fitting
+    if not rows:
+        raise UserError(f"{config.data}: all {skipped} rows are longer than {judge.max_tokens} tokens")
     rewards = iter(judge.score_ids([ids for _, _, encoded in rows for ids in encoded]))
     scored = [(row, [next(rewards) for _ in encoded]) for _, row, encoded in rows]
     lines = [json.dumps(_with_rewards(row, found), ensure_ascii=False) + "\n" for row, found in scored]
@@ -66,7 +73,11 @@ def main(config: Config) -> None:
     console = Console(stderr=True)
     numbers = [reward for _, found in scored for reward in found]
     spread = f", standard deviation {statistics.stdev(numbers):.3f}" if len(numbers) > 1 else ""
-    say(console, f"{len(numbers):,} completions, mean reward {statistics.fmean(numbers):+.3f}{spread}")
+    left_out = f"; {skipped:,} rows are too long and left out" if skipped else ""
+    say(
+        console,
+        f"{len(numbers):,} completions, mean reward {statistics.fmean(numbers):+.3f}{spread}{left_out}",
+    )
 
 
 _BAD = BadLines(advice="")

@@ -20,6 +20,7 @@ from fledge.tokenizer.bpe import Tokenizer
 from fledge.train.experience import check_above_0, check_finite, final_scores
 from fledge.train.grpo_losses import Advantage, Mean, group_advantages, have_signal, mean_of
 from fledge.train.loop import Metrics
+from fledge.train.parallel import ALONE, Ranks
 from fledge.train.prompts import EncodedPrompt, prompts_at
 from fledge.train.rollout import (
     EmptyCompletions,
@@ -98,6 +99,9 @@ class World:
     settings: Settings
     compute_dtype: torch.dtype
     decode_rows: int = 64
+    ranks: Ranks = ALONE
+    judges_apart: bool = True
+    """Whether each rank judges a part of the roll-outs; a reward that plays itself needs all at once."""
 
     @property
     def device(self) -> torch.device:
@@ -110,18 +114,23 @@ class World:
         seed = seed_of(settings.seed, *numbers)
         params = SamplingParams(settings.temperature, max_tokens=settings.max_tokens, n=samples, seed=seed)
         how = (self.eos_ids, self.decode_rows, self.compute_dtype, self.tokenizer)
-        return play(self.policy, *how, prompts, params)
+        return play(self.policy, *how, prompts, params, self.ranks)
 
     def judge(self, rollouts: list[Rollout]) -> dict[str, list[float]]:
         """The `score` of each: the weighted sum of all rewards, or what is set where it did not end; with
         several rewards, by `score:` and its name, each of them without its weight."""
-        columns = {f"score:{reward.name}": reward.function(rollouts) for reward in self.rewards}
+        columns = {f"score:{reward.name}": self._rewards(reward, rollouts) for reward in self.rewards}
         weights = [reward.weight for reward in self.rewards]
         rows = zip(*columns.values(), strict=True)
         scores = [sum(w * r for w, r in zip(weights, row, strict=True)) for row in rows]
         if (missing := self.settings.missing_eos_score) is not None:
             scores = final_scores(scores, rollouts, missing)
         return {"score": scores, **(columns if len(columns) > 1 else {})}
+
+    def _rewards(self, reward: Reward, rollouts: list[Rollout]) -> list[float]:
+        if not self.judges_apart:
+            return list(reward.function(rollouts))
+        return self.ranks.spread(lambda part, _first: reward.function(list(part)), rollouts)
 
     def read(self, rows: Padded, parts: Sequence[Sequence[int]]) -> list[Tensor]:
         """Log-probabilities and entropies by the policy, log-probabilities by the reference (B, T)."""
@@ -131,7 +140,7 @@ class World:
             ref_BT = reference_scores(self.policy, self.frozen, batch, temperature)
             return *policy_scores(self.policy, batch, temperature), ref_BT
 
-        return read_in_parts(rows, parts, self.device, self.compute_dtype, read)
+        return read_in_parts(rows, parts, self.device, self.compute_dtype, read, self.ranks)
 
 
 @dataclass
@@ -175,17 +184,18 @@ class GroupBatch:
 
 @dataclass
 class Groups:
-    """Groups that tell good from bad, at most `batch_prompts`, and figures of all that were sampled."""
+    """Groups to learn from, at most `batch_prompts`, none if none has a signal; figures of all sampled."""
 
     rollouts: list[Rollout]
     advantages: Tensor
-    """(B)."""
+    """(B); 0 in a group without signal."""
     figures: Metrics
 
 
 def sampled_groups(world: World, prompts: Sequence[EncodedPrompt], state: State) -> Groups:
-    """Sample groups and judge them; those without signal are left out, and with `resample` others are sampled
-    in their place (dynamic sampling, Yu et al. 2025)."""
+    """Sample groups and judge them. With `resample` others are sampled in the place of those without signal
+    (dynamic sampling, Yu et al. 2025). Without it these stay in the averages, so that a step is the smaller
+    the less a roll-out says: else the few right answers of a weak model would move it as far as many do."""
     settings, size = world.settings, world.settings.samples
     sampled: list[Rollout] = []
     columns: dict[str, list[float]] = {}
@@ -204,6 +214,8 @@ def sampled_groups(world: World, prompts: Sequence[EncodedPrompt], state: State)
         sampled += rollouts
         state.draws += 1
     groups, signals = len(sampled) // size, len(kept)
+    if kept and not settings.resample:
+        kept = list(range(groups))
     kept = kept[: settings.batch_prompts]
     places = [group * size + i for group in kept for i in range(size)]
     advantages_GS = group_advantages(scores_GS, settings.advantage)[kept].float()

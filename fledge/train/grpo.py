@@ -13,7 +13,7 @@ import torch
 from fledge.model.transformer import CausalLM
 from fledge.train.groups import GroupBatch, Groups, Settings, State, World, sampled_groups, score_figures
 from fledge.train.grpo_losses import kl_term, policy_term
-from fledge.train.loop import Metrics, Step, Steps
+from fledge.train.loop import Metrics, Step, Steps, own_batches
 from fledge.train.losses import Term
 from fledge.train.memory import check_memory_here
 from fledge.train.ppo import step_setup
@@ -48,7 +48,7 @@ def grpo_steps(
         state = State(**saved)
         for number in range(first // settings.updates, settings.rollouts):
             found = sampled_groups(world, prompts, state)
-            plan = _plan(settings, found.rollouts, number)
+            plan = [world.ranks.even(parts) for parts in _plan(settings, found.rollouts, number)]
             batch, figures = _experience(world, found, plan[: settings.minibatches])
             if settings.stop_kl is not None and figures.get("kl", 0.0) > settings.stop_kl:
                 stopped(figures["kl"])
@@ -59,7 +59,7 @@ def grpo_steps(
                 shown = [figures if update == i == 0 else {} for i in range(len(parts))]
                 is_last = update == len(plan) - 1
                 state_now = vars(state).copy() if is_last else {}
-                batches = list(map(batch, parts, shown))
+                batches = own_batches(world.ranks, list(map(batch, parts, shown)))
                 yield Step(batches, is_last, state_now, figures if update == 0 else {})
 
     return steps
@@ -171,7 +171,7 @@ def memory_line(world: World, longest: int, checkpointed: bool) -> str:
     settings = world.settings
     completions = settings.batch_prompts * settings.samples
     sizes = (completions, settings.minibatches, settings.micro_batch_tokens, longest)
-    setup = step_setup(world.policy, *sizes, world.compute_dtype, checkpointed)
+    setup = step_setup(world.policy, *sizes, world.compute_dtype, checkpointed, world.ranks)
     size = sum(parameter.numel() for parameter in world.policy.parameters())
     # Besides: the reference, or the policy with its adapter merged, to sample from.
     return check_memory_here(world.policy.config, setup, world.device, size, 4.0 * size)

@@ -74,7 +74,8 @@ def flags(talker: Path, tmp_path: Path) -> list[str]:
         "grpo", "--model", str(talker), "--prompts", str(tmp_path / "prompts.jsonl"), "--reward", "exact",
         "--out", str(tmp_path / "run"), "--rollouts", "12", "--batch-prompts", "8", "--samples", "6",
         "--max-tokens", "12", "--adam-lr", "0.002", "--warmup-steps", "2", "--evaluations", "2",
-        "--validation-share", "0.4", "--compute", "fp32",
+        "--validation-share", "0.4", "--compute", "fp32", "--epochs", "1", "--minibatches", "1",
+        "--evaluation-samples", "1",
     ]  # fmt: skip
 
 

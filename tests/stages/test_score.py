@@ -143,3 +143,20 @@ def test_transformers_gives_the_raw_score(reward_model: Path) -> None:
         with torch.no_grad():
             raw = model(torch.tensor([ids])).logits.item()
         assert judge.score([chat(answer)])[0] == pytest.approx(raw + judge.offset, abs=1e-4)
+
+
+def test_rows_that_are_too_long_end_it_or_are_left_out_and_counted(
+    reward_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    longer = load_judge(reward_model).max_tokens
+    rows = [{"messages": chat(REFUSAL)}, {"messages": chat("tree " * longer)}]
+    data = write(tmp_path / "a.jsonl", rows)
+    command = ["score", "--model", str(reward_model), "--data", str(data)]
+    assert cli.main(command) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "a.jsonl:2: " in err and "--skip-long" in err
+    assert cli.main([*command, "--skip-long"]) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 1 and "1 rows are too long" in err
+    assert cli.main(["score", "--model", str(reward_model), "--skip-long",
+                     "--data", str(write(tmp_path / "b.jsonl", rows[1:]))]) == 2  # fmt: skip

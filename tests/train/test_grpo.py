@@ -17,10 +17,12 @@ from fledge.model.lora import LoRA, add_lora
 from fledge.model.transformer import CausalLM
 from fledge.rewards.verifiers import Reward
 from fledge.run import Run
-from fledge.train.groups import Settings, State, World, sampled_groups
+from fledge.train.groups import GroupBatch, Settings, State, World, sampled_groups
 from fledge.train.grpo import grpo_loss, grpo_steps, held_out_figures
+from fledge.train.grpo_losses import group_advantages
 from fledge.train.loop import FitConfig, Metrics, Step, fit
 from fledge.train.optim import make_optimizers
+from fledge.train.rollout import padded
 from fledge.types import Rollout
 
 from .test_ppo import PROMPTS, TOKENIZER, answers_of, asked, length_reward, objective_value, tiny
@@ -115,16 +117,37 @@ def odd_rows(rollouts: list[Rollout]) -> list[float]:
     return [sum(one.loss_mask) * float(int(one.messages[0]["content"] or 0) % 2) for one in rollouts]
 
 
-def test_groups_without_signal_are_left_out_and_counted() -> None:
+def test_groups_without_signal_count_in_the_averages() -> None:
+    """They have an advantage of 0, so that a step is the smaller the fewer groups have something to say."""
     world, state = world_of(rewards=rewards_of(odd_rows)), State()
     found = sampled_groups(world, PROMPTS, state)
-    asked_of = {one.messages[0]["content"] for one in found.rollouts}
-    assert all(int(number or 0) % 2 for number in asked_of)
-    kept = len(found.rollouts) // 3
-    assert (state.draws, state.groups, state.without_signal) == (1, 6, 6 - kept)
-    assert found.figures["without_signal"] == pytest.approx(1 - kept / 6)
+    advantages_GS = found.advantages.view(-1, 3)
+    is_odd = [int(one.messages[0]["content"] or 0) % 2 == 1 for one in found.rollouts[::3]]
+    has_signal = advantages_GS.any(1)
+    assert len(is_odd) == 6 and not any(has and not odd for has, odd in zip(has_signal, is_odd, strict=True))
+    signals = int(has_signal.sum())
+    assert 0 < signals < 6
+    assert (state.draws, state.groups, state.without_signal) == (1, 6, 6 - signals)
+    assert found.figures["without_signal"] == pytest.approx(1 - signals / 6)
     assert found.figures["sampled_groups"] == 6
-    assert found.advantages.view(-1, 3).sum(1).abs().max() < 1e-5
+    assert advantages_GS.sum(1).abs().max() < 1e-5
+
+
+def test_a_step_is_as_much_smaller_as_groups_say_nothing() -> None:
+    """Of two prompts one says nothing: the gradient is half of the other's alone."""
+    settings = replace(SETTINGS, beta=0.0, average="completions")
+    world = world_of(settings, rewards=rewards_of(odd_rows))
+    found = []
+    for prompts in (PROMPTS[1:2], [PROMPTS[1], PROMPTS[0]]):
+        rollouts = world.play(prompts, 3, 4)
+        advantages_GS = group_advantages(torch.tensor(odd_rows(rollouts)).view(-1, 3), "grpo")
+        rows = padded(rollouts)
+        logps_BT, _, ref_BT = world.read(rows, [range(len(rollouts))])
+        batch = GroupBatch(rows, logps_BT, ref_BT, advantages_GS.flatten(), {"score": 0.0})
+        found.append(figures_of(world, Step([batch]))[1])
+    for alone, beside in zip(*found, strict=True):
+        torch.testing.assert_close(beside, alone / 2, rtol=1e-4, atol=1e-7)
+    assert any(bool(gradient.any()) for gradient in found[0])
 
 
 def test_others_are_sampled_in_their_place() -> None:
@@ -160,7 +183,7 @@ def test_a_step_has_every_kept_completion_once_in_each_epoch() -> None:
     world = world_of()
     steps = list(steps_of(world))
     assert len(steps) == 2 * SETTINGS.updates
-    kept = 3 * (steps[5].state["groups"] - steps[5].state["without_signal"])
+    kept = 3 * steps[5].state["groups"]
     for epoch in (steps[:3], steps[3:6]):
         assert sum(len(batch.rows.lengths) for step in epoch for batch in step.batches) == kept > 3
     assert [step.may_save for step in steps] == [False] * 5 + [True] + [False] * 5 + [True]
