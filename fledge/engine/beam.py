@@ -96,15 +96,17 @@ def beam_search(
     longest = slots_needed(max(map(len, prompts)), params.max_tokens, engine.context)
     wanted = min(len(prompts), max(1, engine.batch_size // beams.width)) * beams.width
     found: list[list[Hypothesis]] = []
+    slots = engine.new_scheduler(wanted, longest).slots
+    if slots.rows < beams.width:
+        raise UserError(f"{beams.width} beams of {longest} tokens do not fit the memory; take fewer")
     while len(found) < len(prompts):
-        slots = engine.new_scheduler(wanted, longest).slots
-        if slots.rows < beams.width:
-            raise UserError(f"{beams.width} beams of {longest} tokens do not fit the memory; take fewer")
         first, last = len(found), len(found) + slots.rows // beams.width
         group = [
             _start(engine, list(prompt), number, params, end_ids, constraint)
             for number, prompt in enumerate(prompts[first:last], start=first)
         ]
+        if found:
+            slots.clear()
         _run(slots, group, beams)
         found += [_hypotheses(search, params.n) for search in group]
     return found

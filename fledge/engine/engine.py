@@ -17,6 +17,7 @@ from fledge.engine.generation import Request
 from fledge.engine.language_model import LanguageModel, reader_of
 from fledge.engine.sampling import broken_scores, validate
 from fledge.engine.scheduler import Scheduler, check_ids, slots_needed
+from fledge.engine.speculative import Speculation
 from fledge.errors import UserError
 from fledge.model.ngram import NgramModel
 from fledge.model.transformer import CausalLM
@@ -63,6 +64,7 @@ class Engine:
         self.keep_cache = keep_cache
         self.cache_bytes = cache_bytes
         self.grammars = grammars
+        self.speculation: Speculation | None = None  # set it before the first call
         self._kept: Scheduler | None = None
         self._decoder: LanguageModel | None = None
 
@@ -95,10 +97,12 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         should_stop: ShouldStop | None = None,
+        first: int = 0,
     ) -> list[Completion]:
         """`params.n` completions a prompt, in the prompts' order; prompts may have any lengths.
 
-        Completion j of prompt i draws from the random numbers of (`params.seed`, i, j). `should_stop`, given
+        Completion j of prompt i draws from the random numbers of (`params.seed`, `first` + i, j): a part of
+        the prompts, from number `first` on, gets what it would get among all. `should_stop`, given
         a completion's place in the result, ends it with the token just made (kept) and the reason `stop`.
         Raises UserError for an empty prompt, one that is longer than the context, an id outside the
         vocabulary, settings without a meaning, and (once all others have ended) scores that are NaN.
@@ -112,7 +116,7 @@ class Engine:
         made = []
         for i, prompt in enumerate(prompts):
             stop = None if should_stop is None else _numbered(should_stop, i * params.n)
-            made += scheduler.submit(Request(prompt, params, i, stop))
+            made += scheduler.submit(Request(prompt, params, first + i, stop))
         try:
             for generation in made:
                 while not generation.done:
@@ -158,11 +162,11 @@ class Engine:
                 f"{most_bytes / 2**30:.1f} GiB for it; lower max_tokens or shorten the prompt"
             )
         rows = min(rows, most_bytes // row_bytes)
-        return Scheduler(self.decoder(), self.eos_ids, rows, slots, self.grammars)
+        return Scheduler(self.decoder(), self.eos_ids, rows, slots, self.grammars, self.speculation)
 
-    def most_slots(self) -> int:
-        """The tokens of the longest request that fits the cache's bounds and the context."""
-        return max(1, min(self.context, self._most_cache_bytes() // self._token_bytes() - 1))
+    def most_slots(self, rows: int = 1) -> int:
+        """The tokens of the longest requests, so many at once, that fit the cache's bounds and context."""
+        return max(1, min(self.context, self._most_cache_bytes() // (rows * self._token_bytes()) - 1))
 
     def _token_bytes(self) -> int:
         """Keys and values of one token."""

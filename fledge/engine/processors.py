@@ -10,6 +10,7 @@ W words of 32 bits.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -111,3 +112,14 @@ def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
     below = torch.nextafter(total_B1, torch.zeros_like(total_B1))
     # The first id whose cumulative probability exceeds the target always has a probability above zero.
     return torch.searchsorted(cdf_BV, torch.minimum(uniform_B[:, None] * total_B1, below), right=True)[:, 0]
+
+
+def without(logits_BV: Tensor, rejected: Mapping[int, Tensor]) -> Tensor:
+    """In the rows of `rejected`, the scores of what softmax's probabilities have more than these (V,): what
+    is drawn from where a draft's proposal was not kept (Leviathan et al. 2023, section 2.3)."""
+    rows = list(rejected)
+    p_NV = logits_BV[rows].softmax(-1)
+    more_NV = (p_NV - torch.stack([rejected[row] for row in rows])).clamp(min=0)
+    # Nothing is left where both are the same up to rounding.
+    more_NV = torch.where(more_NV.sum(-1, keepdim=True) > 0, more_NV, p_NV)
+    return logits_BV.index_put((torch.tensor(rows, device=logits_BV.device),), more_NV.log())

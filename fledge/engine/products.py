@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fledge.engine.quantized import int4_product, int8_product
 from fledge.errors import UserError
 
 # (N, I) of any float type -> (N, O).
@@ -30,6 +31,23 @@ WEIGHTS: dict[WeightsName, torch.dtype] = {
     "fp16": torch.float16,
 }
 
+# What weights are rounded to beyond that, for speed alone.
+QuantizeName = Literal["int8", "int4"]
+QUANTIZED: dict[QuantizeName, torch.dtype] = {
+    "int8": torch.int8,
+    "int4": torch.int4,  # type: ignore[attr-defined]  # PyTorch's stubs lack it
+}
+
+
+def weights_type(weights: WeightsName, quantize: QuantizeName | None) -> torch.dtype:
+    """What a user wants weights held in; UserError for both ways of rounding at once."""
+    if quantize is None:
+        return WEIGHTS[weights]
+    if weights != "fp32":
+        raise UserError("--quantize and --weights are two ways to round weights; give one of them")
+    return QUANTIZED[quantize]
+
+
 # The number of rows that oneDNN lays weights out for: good for one row as for hundreds.
 _LAYOUT_ROWS = 16
 
@@ -40,14 +58,21 @@ def product(
     """x -> [x @ w.T + b for each (w, b)], side by side; weights are held in `dtype` (None: their own).
 
     bf16: inputs are rounded to it too. fp16 on an x86 CPU: only weights are rounded, inputs and sums fp32.
-    Raises UserError for weights that fp16 cannot hold.
+    int8 and int4 (`quantized.py`) are for a CPU. Raises UserError for weights that fp16 cannot hold.
     """
     with torch.inference_mode():
         dtype = dtype or weights[0].dtype
+        if dtype in QUANTIZED.values() and weights[0].device.type != "cpu":
+            raise UserError(
+                "--quantize is for a CPU, whose kernels it uses; leave it out, or take --device cpu"
+            )
         if weights[0].device.type != "cpu":
             return _plain(weights, biases, dtype)
         weight_OI = torch.cat(list(weights)) if len(weights) > 1 else weights[0].detach()
         bias_O = None if biases[0] is None else torch.cat([bias for bias in biases if bias is not None])
+        if dtype in QUANTIZED.values():
+            quantized = int8_product if dtype == torch.int8 else int4_product
+            return quantized(weight_OI, None if bias_O is None else bias_O.float())
         if dtype == torch.float16:
             return _in_fp16(weight_OI, bias_O)
         if not has_layouts(dtype):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,25 +27,30 @@ from fledge.engine.constraints import Constraint
 from fledge.errors import UserError
 from fledge.types import SamplingParams, Token
 
+# Scores that are multiplied or divided by this, or less it times a count of tokens, stay numbers in fp32.
+LARGEST = 1e20
 # A bias of this size is a ban or, positive, a command.
 FULL_BIAS = 100.0
 
 
 def validate(params: SamplingParams, vocab_size: int | None = None) -> None:
     """Raise UserError for a value that means nothing, or (given its size) an id outside the vocabulary."""
-    if not (math.isfinite(params.temperature) and params.temperature >= 0):
-        raise UserError(f"temperature {params.temperature} is not a number >= 0; 0 is greedy")
+    if not 0 <= params.temperature <= LARGEST:
+        raise UserError(f"temperature {params.temperature} is not from 0 to {LARGEST:g}; 0 is greedy")
     if params.top_k is not None and params.top_k < 1:
         raise UserError(f"top_k {params.top_k} is below 1; leave it out to consider every token")
     if params.top_p is not None and not 0 < params.top_p <= 1:
         raise UserError(f"top_p {params.top_p} is not in (0, 1]; 1 keeps every token")
     if params.min_p is not None and not 0 <= params.min_p <= 1:
         raise UserError(f"min_p {params.min_p} is not in [0, 1]; 0 keeps every token")
-    if not (math.isfinite(params.repetition_penalty) and params.repetition_penalty > 0):
-        raise UserError(f"repetition_penalty {params.repetition_penalty} is not a number > 0; 1 is none")
+    if not 1 / LARGEST <= params.repetition_penalty <= LARGEST:
+        penalty = params.repetition_penalty
+        raise UserError(f"repetition_penalty {penalty} is not above 0, and at most {LARGEST:g}; 1 is none")
     for name in ("presence_penalty", "frequency_penalty"):
-        if not math.isfinite(getattr(params, name)):
-            raise UserError(f"{name} {getattr(params, name)} is not a finite number; 0 is none")
+        if not abs(getattr(params, name)) <= LARGEST:
+            raise UserError(
+                f"{name} {getattr(params, name)} is not from -{LARGEST:g} to {LARGEST:g}; 0 is none"
+            )
     if params.max_tokens < (0 if params.echo else 1):
         raise UserError(f"max_tokens {params.max_tokens} is below 1")
     if not 0 <= params.min_tokens <= params.max_tokens:
@@ -74,10 +79,10 @@ def _validate_ids(params: SamplingParams, vocab_size: int) -> None:
             )
 
 
-def uniform(seed: int, number: int, sample: int, position: int) -> float:
+def uniform(seed: int, number: int, sample: int, position: int, purpose: str = "sampling") -> float:
     """A number in [0, 1), the same on every machine: for token `position` of the completion `sample` of the
     request `number` of a call with `seed`."""
-    digest = hashlib.sha256(f"sampling/{seed}/{number}/{sample}/{position}".encode()).digest()
+    digest = hashlib.sha256(f"{purpose}/{seed}/{number}/{sample}/{position}".encode()).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53
 
 
@@ -141,10 +146,16 @@ class Sampler:
         penalties = (self.repetition_B, self.presence_B, self.frequency_B)
         return any(penalty_B is not None for penalty_B in penalties)
 
-    def __call__(self, logits_BV: Tensor, history_BT: Tensor | None = None) -> list[Token | UserError]:
+    def __call__(
+        self,
+        logits_BV: Tensor,
+        history_BT: Tensor | None = None,
+        rejected: Mapping[int, Tensor] | None = None,
+    ) -> list[Token | UserError]:
         """The next token of each row for raw fp32 scores; a UserError for a row that has none.
 
         `history_BT` begins with the rows' ids, right-padded; it is read only where `needs_history`.
+        `rejected`: rows whose proposed token was not kept, with what it was drawn from (see `without`).
         """
         normaliser_B = logits_BV.logsumexp(-1)
         broken_B = ~normaliser_B.isfinite()
@@ -158,9 +169,9 @@ class Sampler:
             processed_BV = processed_BV.masked_fill(no_choice_B[:, None], 0.0)
             warped_BV = self.warp(processed_BV)
             draws = [uniform(r.params.seed, r.number, r.sample, r.made) for r in self.rows]
-            ids_B = torch.where(
-                self.greedy_B, best_B, processors.draw(warped_BV, self._tensor(draws, torch.float64))
-            )
+            left_BV = processors.without(warped_BV, rejected) if rejected else warped_BV
+            drawn_B = processors.draw(left_BV, self._tensor(draws, torch.float64))
+            ids_B = torch.where(self.greedy_B, best_B, drawn_B)
             processed_BV = torch.where(self.greedy_B[:, None], processed_BV, warped_BV)
         raw = (logits_BV.gather(1, ids_B[:, None])[:, 0] - normaliser_B).tolist()
         if processed_BV is logits_BV:

@@ -23,6 +23,7 @@ from fledge.engine.language_model import LanguageModel
 from fledge.engine.reading import read_rows
 from fledge.engine.sampling import Sampler, broken_scores, validate
 from fledge.engine.slots import MIN_SHARED_PREFIX_TOKENS, Slots, common_prefix
+from fledge.engine.speculative import Speculation, Speculator
 from fledge.errors import UserError
 from fledge.types import FinishReason, Grammar, Token
 
@@ -37,6 +38,7 @@ class Scheduler:
         rows: int,
         slots: int,
         grammars: Grammars | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self.config, self.grammars = decoder.config, grammars
         self.eos_ids = tuple(token_id for token_id in eos_ids if token_id < self.config.vocab_size)
@@ -46,6 +48,8 @@ class Scheduler:
         self.waiting: deque[Generation] = deque()
         self._arrived: deque[Generation] = deque()  # what other threads have submitted since the last step
         self._sampler: Sampler | None = None
+        self._speculator = None if speculation is None else Speculator(speculation, self.slots)
+        self._rejected: dict[int, Tensor] = {}  # by row: what a proposal that was not kept was drawn from
         self._lock = threading.Lock()
 
     def submit(self, request: Request, name: str = "the prompt") -> list[Generation]:
@@ -63,7 +67,8 @@ class Scheduler:
                 f"{name} has {len(request.prompt)} tokens, with max_tokens {params.max_tokens} up to {need}; "
                 f"a request can have {self.slots.slots} here: shorten it or lower max_tokens"
             )
-        end_ids, echoed = frozenset((*self.eos_ids, *params.stop_ids)), list[Token]()
+        end_ids = frozenset((*(() if params.ignore_eos else self.eos_ids), *params.stop_ids))
+        echoed = list[Token]()
         made = [
             Generation(request, sample, end_ids, echoed, self._constraint(params.constraint, end_ids))
             for sample in range(params.n)
@@ -104,9 +109,12 @@ class Scheduler:
             return bool(self.running or self.waiting or self._arrived)
 
     def _decode(self) -> list[Tensor]:
-        """Read each row's last id and what is forced behind it; the scores of the next."""
+        """Read each row's last id and what is proposed or forced behind it; the scores of the next."""
         if not self.running:
             return []
+        if self._speculator is not None:
+            logits_BV, self._rejected = self._speculator.decode(self.running, self._room, self._accept)
+            return [logits_BV]
         unread = [[generation.row.ids[-1], *generation.forced] for generation in self.running]
         forced = {i: ids[1:] for i, ids in enumerate(unread) if len(ids) > 1}
         longest = max(map(len, unread))
@@ -196,12 +204,12 @@ class Scheduler:
         rows = [generation.row for generation in self.running]
         if self._sampler is None:
             self._sampler = Sampler(rows, self.slots.device)
-        chosen = self._sampler(logits_BV, self.slots.ids_RS)
+        chosen = self._sampler(logits_BV, self.slots.ids_RS, self._rejected)
+        self._rejected = {}
         ended = [i for i, token in enumerate(chosen) if self._accept(self.running[i], token)]
         for generation in self.running:
             if generation.row.constraint is not None and not generation.done:
-                room = self._most(generation)[0] - generation.row.made
-                generation.forced = generation.row.forced()[:room]
+                generation.forced = generation.row.forced()[: self._room(generation)]
         if self._sampler.needs_history:
             positions = [len(row.ids) - 1 for row in rows]
             self.slots.note(range(len(rows)), positions, [row.ids[-1] for row in rows])
@@ -213,6 +221,10 @@ class Scheduler:
         most = generation.request.params.max_tokens
         room = self.config.max_position_embeddings - generation.row.prompt_tokens
         return (most, "length") if most <= room else (room, "context")
+
+    def _room(self, generation: Generation) -> int:
+        """The tokens that it may still have."""
+        return self._most(generation)[0] - generation.row.made
 
     def _accept(self, generation: Generation, token: Token | UserError) -> bool:
         """Add a token; whether that is the end."""
@@ -270,7 +282,9 @@ class Scheduler:
         self._arrived.clear()
         for generation in (*self.running, *self.waiting):
             generation.end(reason)
-        self.running, self._sampler = [], None
+        self.running, self._sampler, self._rejected = [], None, {}
+        if self._speculator is not None:
+            self._speculator.clear()
         self.waiting.clear()
         self.slots.clear()
 

@@ -111,6 +111,19 @@ class Slots:
                 self._held[row].append(token_id)
         return logits_BV
 
+    def cut(self, lengths: Sequence[int]) -> None:
+        """Forget what the first rows have read beyond some lengths."""
+        for row, length in enumerate(lengths):
+            if length < START_TOKENS:
+                self._hold(row, self._held[row][:length])
+            else:
+                del self._held[row][length:]
+        self.cache.lengths_B[: len(lengths)] = torch.tensor(lengths, device=self.device)
+
+    def held(self, row: int) -> list[int]:
+        """The ids that a row has read."""
+        return self._held[row]
+
     def note(self, rows: Sequence[int], positions: Sequence[int], ids: Sequence[int]) -> None:
         """Write down in `ids_RS` which ids rows have at some positions."""
         places = torch.tensor([[*rows], [*positions], [*ids]], dtype=torch.int64, device=self.device)

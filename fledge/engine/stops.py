@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 
 from fledge.tokenizer.bpe import Tokenizer
@@ -63,6 +63,11 @@ class TextStream:
         if not self.stopped:
             return len(self._decoded_characters)
         return bisect_left(self._decoded_characters, len(self.text)) + 1 if self.text else 0
+
+    @property
+    def num_certain(self) -> int:
+        """How many of the ids have all their text handed out."""
+        return bisect_right(self._decoded_characters, len(self.text))
 
     def _take(self, decoded: str) -> str:
         if len(self._decoded_characters) <= self._min_tokens:

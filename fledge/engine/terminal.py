@@ -5,12 +5,26 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from fledge.engine.batch import Progress
 from fledge.engine.choices import ChoiceScores
 from fledge.engine.engine import Engine
+from fledge.engine.speculative import Counts
 from fledge.engine.text import TextCompletion, stream_ids, terminal_safe
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.types import SamplingParams, Token
+
+QUIET_SECONDS = 10.0
+# Tokens of each text that are made again without guesses, to say what the guesses were worth.
+TIMED_TOKENS = 32
 
 
 def stream_to_terminal(
@@ -79,3 +93,54 @@ def print_summary(made: list[TextCompletion], seconds: float, cost: str = "") ->
     counts = [f"{reasons.count(key)} {meaning}" for key, meaning in meanings.items() if key in reasons]
     rate = tokens / max(seconds, 1e-9)
     print(f"{tokens:,} tokens, {rate:,.0f} tokens/s{cost}; ended: {', '.join(counts)}", file=sys.stderr)
+
+
+def print_speculation(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
+    """How often guesses were right and, where there are prompts, how much faster that was, on stderr."""
+    if engine.speculation is None or not engine.speculation.counts.passes:
+        return
+    counts = engine.speculation.counts
+    share = f"{counts.kept / counts.proposed:.0%} of {counts.proposed:,}" if counts.proposed else "no"
+    line = f"{share} guessed tokens kept, {counts.tokens / counts.passes:.2f} tokens a pass"
+    plain = plain_seconds(engine, prompts, params) if prompts else None
+    if plain is not None:
+        line += f", {plain * counts.tokens / counts.seconds:.2f} times as fast as without"
+    print(line, file=sys.stderr)
+
+
+def plain_seconds(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> float | None:
+    """The time of a token without guesses: the beginnings of the same texts are made again, with as many at
+    once; None where they end too early to tell."""
+    speculation = engine.speculation
+    assert speculation is not None
+    counts, tokens = speculation.counts, speculation.tokens
+    most = min(params.max_tokens, TIMED_TOKENS)
+    params = replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most), echo=False)
+    speculation.counts, speculation.tokens = Counts(), 0
+    try:
+        engine.generate(prompts, params)
+        plain = speculation.counts
+    finally:
+        speculation.counts, speculation.tokens = counts, tokens
+    return plain.seconds / plain.tokens if plain.tokens else None
+
+
+@contextmanager
+def batch_progress() -> Iterator[Progress]:
+    """A bar on a terminal, a line every ten seconds elsewhere."""
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    started = printed = time.monotonic()
+    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("rows")
+
+        def show(done: int, total: int, tokens: int) -> None:
+            nonlocal printed
+            now = time.monotonic()
+            figures = f"rows, {tokens / max(now - started, 1e-9):,.0f} tokens/s"
+            bar.update(task, completed=done, total=total, description=figures)
+            if not console.is_terminal and now - printed >= QUIET_SECONDS:
+                printed = now
+                print(f"{done:,} of {total:,} {figures}", file=sys.stderr, flush=True)
+
+        yield show

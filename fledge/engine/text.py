@@ -193,7 +193,8 @@ def load_engine(
 def _load_counts(directory: Path, compute_dtype: torch.dtype | None) -> NgramModel:
     if compute_dtype not in (None, torch.float32):
         raise UserError(
-            f"{directory}: --weights has no meaning for an n-gram model: it has counts; leave it out"
+            f"{directory}: --weights and --quantize have no meaning for an n-gram model: it has counts; "
+            "leave them out"
         )
     return load_ngram(directory)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fledge.device import pick_device
-from fledge.engine.products import WEIGHTS, WeightsName
+from fledge.engine.products import QuantizeName, WeightsName, weights_type
 from fledge.engine.remote import RemoteChat, connect
 from fledge.engine.sampling import validate
 from fledge.engine.session import Session, note
@@ -23,7 +23,7 @@ from fledge.types import SamplingParams
 # What the servers of others do not know, or by other names.
 LOCAL_ONLY = {
     "top_k", "min_p", "repetition_penalty", "logit_bias", "ban", "min_tokens", "stop_ids", "regex",
-    "json_schema", "grammar", "weights", "device",
+    "json_schema", "grammar", "weights", "quantize", "device",
 }  # fmt: skip
 
 
@@ -75,6 +75,8 @@ class Config:
     """File with a Lark grammar (llguidance's kind) that each answer is a sentence of."""
     weights: WeightsName = "fp32"
     """What weights are rounded to for speed: fp16 is the fastest for one answer at a time."""
+    quantize: QuantizeName | None = None
+    """Round weights to so many bits instead, to read fewer bytes for each token (on a CPU)."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:INDEX or mps."""
 
@@ -126,7 +128,9 @@ def load(config: Config, params: SamplingParams) -> tuple[LocalChat, SamplingPar
     biases = split_biases(config.logit_bias)
     constraint = read_constraint((), config.regex, config.json_schema, config.grammar)
     engine, tokenizer = load_engine(
-        Path(config.model), device=pick_device(config.device), compute_dtype=WEIGHTS[config.weights]
+        Path(config.model),
+        device=pick_device(config.device),
+        compute_dtype=weights_type(config.weights, config.quantize),
     )
     if constraint is not None and engine.grammars is not None:
         engine.grammars.start(constraint)  # one error here instead of one for each message

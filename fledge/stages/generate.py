@@ -6,31 +6,29 @@ import hashlib
 import itertools
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fledge.config import to_toml
 from fledge.device import pick_device
 from fledge.engine import batch
 from fledge.engine.choices import choice_logps
 from fledge.engine.constraints import choices_of
+from fledge.engine.draft_models import Speculate, speculation_of
 from fledge.engine.engine import Engine
 from fledge.engine.exact import Budget
-from fledge.engine.products import WEIGHTS, WeightsName
+from fledge.engine.products import QuantizeName, WeightsName, weights_type
 from fledge.engine.prompts import read_prompts
 from fledge.engine.sampling import validate
 from fledge.engine.search_texts import EarlyStoppingName, Strategy, search_of, search_texts
 from fledge.engine.settings import banned_sequences, logit_bias, read_constraint, split_biases
 from fledge.engine.terminal import (
+    batch_progress,
     mask_cost,
     print_all,
     print_logprobs,
     print_probabilities,
+    print_speculation,
     print_summary,
     stream_to_terminal,
 )
@@ -41,8 +39,6 @@ from fledge.rewards.best_of import best_replies, bound_line
 from fledge.rewards.reward_model import load_judge
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.types import Message, SamplingParams
-
-QUIET_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +125,18 @@ class Config:
     """With --chat: make this many answers to each prompt and print the one with the highest reward."""
     reward_model: Path | None = None
     """Directory of the reward model that chooses it."""
+    speculate: Speculate | None = None
+    """Guess tokens ahead and check them in one pass; lookup: what followed the last tokens before."""
+    draft_model: Path | None = None
+    """Guess tokens ahead with this model, a smaller one with the same tokenizer (n-gram models too)."""
+    draft_tokens: int | None = None
+    """With --speculate or --draft-model: how many tokens to guess ahead at most (default 6)."""
     batch_size: int = 64
     """Continuations made at once; fewer where memory for their keys and values lacks."""
     weights: WeightsName = "fp32"
     """What weights are rounded to for speed: fp16 for one continuation at a time, bf16 for many."""
+    quantize: QuantizeName | None = None
+    """Round weights to so many bits, to read fewer bytes for each token (on a CPU)."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:INDEX or mps."""
 
@@ -147,8 +151,10 @@ def main(config: Config) -> None:
     )  # fmt: skip
     if search is not None and (config.batch is not None or config.best_of is not None):
         raise UserError("--beams and --strategy exact do not go with --batch and --best-of")
-    if isinstance(search, Budget) and config.weights != "fp32":
+    if isinstance(search, Budget) and (config.weights != "fp32" or config.quantize is not None):
         raise UserError("--strategy exact goes with --weights fp32: what it certifies are exact scores")
+    if search is not None and (config.speculate is not None or config.draft_model is not None):
+        raise UserError("--speculate and --draft-model do not go with --beams and --strategy exact")
     if search is not None and config.show_logprobs is not None and (config.show_logprobs or config.echo):
         raise UserError("a search has the probability of its own tokens only: --show-logprobs 0, no --echo")
     if config.batch is not None:
@@ -190,6 +196,7 @@ def main(config: Config) -> None:
         for completion in made:
             print_logprobs(tokenizer, completion)
     print_summary(made, time.perf_counter() - started, mask_cost(engine))
+    print_speculation(engine, prompt_ids, params)
     if config.show_probabilities and choices is not None:
         scores = choice_logps(engine, tokenizer, prompt_ids, choices, params.stop_ids)
         print_probabilities(prompts, choices, scores)
@@ -236,8 +243,12 @@ def load(config: Config) -> tuple[Engine, Tokenizer, SamplingParams]:
     validate(params)
     constraint = read_constraint(config.choices, config.regex, config.json_schema, config.grammar)
     device = pick_device(config.device)
+    dtype = weights_type(config.weights, config.quantize)
     engine, tokenizer = load_engine(
-        config.model, device=device, batch_size=config.batch_size, compute_dtype=WEIGHTS[config.weights]
+        config.model, device=device, batch_size=config.batch_size, compute_dtype=dtype
+    )
+    engine.speculation = speculation_of(
+        config.speculate, config.draft_model, config.draft_tokens, engine, tokenizer
     )
     if constraint is not None and engine.grammars is not None:
         engine.grammars.start(constraint)  # one error here instead of one for each prompt
@@ -267,6 +278,7 @@ def run_batch(config: Config) -> None:
     rate = counts["tokens"] / max(time.perf_counter() - started, 1e-9)
     speed = f"{rate:,.0f} tokens/s{mask_cost(engine)}"
     print(f"{counts['rows']:,} rows{kept}{errors}; {speed}; {config.out}", file=sys.stderr)
+    print_speculation(engine, [], params)
 
 
 def job_id(config: Config, params: SamplingParams) -> str:
@@ -277,24 +289,3 @@ def job_id(config: Config, params: SamplingParams) -> str:
     stamps = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
     text = "\n".join([to_toml(settings), repr(params.constraint), *stamps, sha256([config.batch])])
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-@contextmanager
-def batch_progress() -> Iterator[batch.Progress]:
-    """A bar on a terminal, a line every ten seconds elsewhere."""
-    console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    started = printed = time.monotonic()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("rows")
-
-        def show(done: int, total: int, tokens: int) -> None:
-            nonlocal printed
-            now = time.monotonic()
-            figures = f"rows, {tokens / max(now - started, 1e-9):,.0f} tokens/s"
-            bar.update(task, completed=done, total=total, description=figures)
-            if not console.is_terminal and now - printed >= QUIET_SECONDS:
-                printed = now
-                print(f"{done:,} of {total:,} {figures}", file=sys.stderr, flush=True)
-
-        yield show

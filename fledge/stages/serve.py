@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fledge.config import check_at_least
 from fledge.device import keep_freed_memory, pick_device
-from fledge.engine.products import WEIGHTS, WeightsName
+from fledge.engine.products import QuantizeName, WeightsName, weights_type
 from fledge.engine.remote import endpoint_key
 from fledge.errors import UserError
 from fledge.serve.app import make_app
@@ -65,6 +65,8 @@ class Config:
     """Write a line for every request to stderr, without anything of its contents."""
     weights: WeightsName = "fp32"
     """What weights are rounded to for speed: bf16 for many requests at once, fp16 for one at a time."""
+    quantize: QuantizeName | None = None
+    """Round weights to so many bits instead, to read fewer bytes for each token (on a CPU)."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:INDEX or mps."""
 
@@ -130,7 +132,7 @@ def load(name: str, directory: Path, config: Config) -> Served:
         name,
         directory,
         device=pick_device(config.device),
-        compute_dtype=WEIGHTS[config.weights],
+        compute_dtype=weights_type(config.weights, config.quantize),
         rows=config.at_once,
         context=config.context,
         answer_tokens=config.max_tokens,

@@ -15,7 +15,9 @@ import torch
 from fledge.engine.beam import Beams, beam_search
 from fledge.engine.constraints import Grammars
 from fledge.engine.engine import Engine
+from fledge.engine.scheduler import Scheduler
 from fledge.engine.search import Hypothesis
+from fledge.engine.slots import Slots
 from fledge.errors import UserError
 from fledge.model.checkpoint import save_model
 from fledge.model.config import ModelConfig
@@ -281,3 +283,25 @@ def test_what_does_not_go_together(
 ) -> None:
     with pytest.raises(UserError, match=says):
         beam_search(Engine(tiny, [END]), [PROMPT], SamplingParams(**params), Beams(**{"width": 4, **beams}))
+
+
+def test_one_cache_serves_all_groups(
+    model: CausalLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Slots] = []
+    new_scheduler = Engine.new_scheduler
+
+    def noted(engine: Engine, rows: int, slots: int) -> Scheduler:
+        scheduler = new_scheduler(engine, rows, slots)
+        made.append(scheduler.slots)
+        return scheduler
+
+    monkeypatch.setattr(Engine, "new_scheduler", noted)
+    params, beams = SamplingParams(max_tokens=6), Beams(3)
+    prompts = [[5, 6, 7], [40], [9, 9], [1, 2, 3, 4]]
+    apart = [beam_search(Engine(model, [0]), [prompt], params, beams)[0] for prompt in prompts]
+    made.clear()
+    together = beam_search(Engine(model, [0], batch_size=3), prompts, params, beams)
+    assert len(made) == 1 and made[0].rows == 3
+    for found, alone in zip(together, apart, strict=True):
+        assert [one.completion.ids for one in found] == [one.completion.ids for one in alone]

@@ -227,6 +227,53 @@ def test_products_in_each_type(dtype: torch.dtype, step: float) -> None:
         assert ((made_NO.float() - expected_NO).abs() <= bound_NO).all()
 
 
+@pytest.mark.parametrize("inputs", [32, 40, 96])
+@pytest.mark.parametrize("outputs", [16, 65, 192])
+def test_products_with_rounded_weights(inputs: int, outputs: int) -> None:
+    """A weight is off by half a step, an input of int8 too, one of int4 by half a unit of bf16."""
+    generator = torch.Generator().manual_seed(inputs)
+    weight_OI = torch.randn(outputs, inputs, generator=generator)
+    bias_O = torch.randn(outputs, generator=generator)
+    weight_OI[3] = 0.0
+    x_NI = torch.randn(5, inputs, generator=generator) * torch.tensor([[1.0], [1e-3], [50.0], [0.0], [2.0]])
+    expected_NO = x_NI @ weight_OI.T + bias_O
+    for dtype, steps in ((torch.int8, 254), (torch.int4, 15)):
+        multiply = product([weight_OI], [bias_O], dtype)
+        # int8 has one scale for an output, int4 one for 32 weights, at most twice the greatest wide.
+        half_step_O1 = 2 * weight_OI.abs().amax(1, keepdim=True) / steps / 2
+        of_inputs_NI = x_NI.abs().amax(1, keepdim=True) / 254 if dtype == torch.int8 else x_NI.abs() * 2**-8
+        bound_NO = x_NI.abs().sum(1, keepdim=True) * half_step_O1.T * 1.05
+        bound_NO = bound_NO + (of_inputs_NI.expand_as(x_NI) @ (weight_OI.abs() + half_step_O1).T) * 1.05
+        if dtype == torch.int4:  # offsets, scales and the result are bf16
+            bound_NO = bound_NO + 2**-7 * (
+                x_NI.abs() @ weight_OI.abs().amax(1, keepdim=True).expand_as(weight_OI).T
+            )
+        made_NO = multiply(x_NI)
+        assert ((made_NO - expected_NO).abs() <= bound_NO + 1e-5).all()
+        # A row's result does not depend on its neighbours.
+        for i in range(len(x_NI)):
+            torch.testing.assert_close(multiply(x_NI[i : i + 1])[0], made_NO[i], atol=0, rtol=2**-7)
+
+
+def test_rounded_weights_keep_what_a_model_says() -> None:
+    model = random_model()
+    ids = list(range(1, 31))
+    (exact,) = Engine(model, []).score([ids])
+    errors = []
+    for dtype in (torch.int8, torch.int4):
+        (rounded,) = Engine(model, [], compute_dtype=dtype).score([ids])
+        errors.append(sum(abs(a - b) for a, b in zip(exact, rounded, strict=True)) / len(exact))
+    assert 0 < errors[0] < 0.1 and errors[0] < errors[1] < 0.5
+
+
+def test_a_damaged_row_stays_damaged_in_int8() -> None:
+    multiply = product([torch.ones(16, 32)], [None], torch.int8)
+    x_NI = torch.ones(2, 32)
+    x_NI[0, 3] = math.nan
+    made_NO = multiply(x_NI)
+    assert made_NO[0].isnan().all() and torch.allclose(made_NO[1], torch.full((16,), 32.0))
+
+
 def test_weights_that_fp16_cannot_hold() -> None:
     with pytest.raises(UserError, match=r"weight of 70,000 .*take bf16 or fp32"):
         product([torch.full((4, 4), 70_000.0)], [None], torch.float16)
