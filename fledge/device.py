@@ -94,9 +94,18 @@ def pick_compile(name: str, minutes: float | None, operations: float) -> bool:
     return name == "yes" or (name == "auto" and is_long and can_compile()[0])
 
 
-def autocast(device: torch.device, compute_dtype: torch.dtype) -> torch.autocast:
-    """A block in which matrix products are computed in this type; for fp32 it changes nothing."""
-    return torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32)
+def autocast(device: torch.device, compute_dtype: torch.dtype, cache: bool = True) -> torch.autocast:
+    """A block in which matrix products are computed in this type; for fp32 it changes nothing. Without
+    `cache` no copy of a weight in this type outlives its use."""
+    is_on = compute_dtype != torch.float32
+    return torch.autocast(device.type, compute_dtype, enabled=is_on, cache_enabled=cache)
+
+
+def use_fast_products(device: torch.device, compute_dtype: torch.dtype) -> None:
+    """Let a GPU compute the products that stay in fp32 with TF32 (10 bits of fraction) where the others are
+    in bf16 anyway; `fp32` stays exact."""
+    if device.type == "cuda" and compute_dtype != torch.float32:
+        torch.set_float32_matmul_precision("high")
 
 
 def keep_freed_memory() -> None:

@@ -52,17 +52,22 @@ class Run:
     """`config.toml`, `environment.json`, `metrics.jsonl`, `samples.jsonl`, `checkpoints/`, `model/`,
     `summary.json`."""
 
-    def __init__(self, directory: Path, config_toml: str = "", overwrite: bool = False) -> None:
+    def __init__(
+        self, directory: Path, config_toml: str = "", overwrite: bool = False, writes: bool = True
+    ) -> None:
         self.directory, self.config_toml, self.overwrite = directory, config_toml, overwrite
+        self.writes = writes
 
     @classmethod
-    def open(cls, directory: Path, config_toml: str, overwrite: bool = False) -> Run:
-        """A new run, or the one that the same configuration began; nothing is written before `begin`.
+    def open(cls, directory: Path, config_toml: str, overwrite: bool = False, writes: bool = True) -> Run:
+        """A new run, or the one that the same configuration began; nothing is written before `begin`, and
+        without `writes` nothing ever: another process of this training does.
 
         Raises UserError if the directory holds something else; with `overwrite` that may be another run.
         """
-        _check(directory, config_toml, overwrite)
-        return cls(directory, config_toml, overwrite and (directory / "config.toml").exists())
+        if writes:
+            _check(directory, config_toml, overwrite)
+        return cls(directory, config_toml, overwrite and (directory / "config.toml").exists(), writes)
 
     def begin(self, inputs: dict[str, str]) -> None:
         """Make the directory, once all that the user gave is known to be good; `overwrite` empties it.
@@ -71,6 +76,8 @@ class Run:
         with others: the paths of a configuration do not tell; and if another process writes the run: it is
         this one's until it ends, or forgets the run.
         """
+        if not self.writes:
+            return
         self.directory.mkdir(parents=True, exist_ok=True)
         handle = _lock(self.directory)
         if handle is not None:
@@ -126,17 +133,23 @@ class Run:
 
     def prune(self, keep_last: int, best_step: int | None) -> None:
         """Delete all checkpoints but the last few and the best."""
+        if not self.writes:
+            return
         for checkpoint in self.checkpoints()[:-keep_last]:
             if checkpoint.step != best_step:
                 remove(checkpoint.path)
 
     def log(self, name: str, row: dict[str, Any]) -> None:
         """Append a row to `<name>.jsonl`."""
+        if not self.writes:
+            return
         with (self.directory / f"{name}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def rewind(self, step: int, samples_step: int) -> None:
         """Drop metrics later than `step`, samples later than `samples_step`: they will be written again."""
+        if not self.writes:
+            return
         for name, last in (("metrics", step), ("samples", samples_step)):
             path = self.directory / f"{name}.jsonl"
             if path.exists():

@@ -108,8 +108,9 @@ class SamplingParams:
     `repetition_penalty` (1: none) looks at prompt and completion, `presence_penalty` and
     `frequency_penalty` (0: none) at the completion. `logit_bias` adds to the scores of ids; -100 bans an
     id, 100 leaves only such ids to choose from. `banned` are id sequences that are never made.
-    `min_tokens` come before any end. `n` completions a prompt; `top_logprobs` alternatives a token;
-    `echo` gives the log-probabilities of the prompt too. `constraint`: what the completion must be.
+    `min_tokens` come before any end; with `ignore_eos` only `stop_ids` and `stop` are ends, the model's own
+    ids are not. `n` completions a prompt; `top_logprobs` alternatives a token; `echo` gives the
+    log-probabilities of the prompt too. `constraint`: what the completion must be.
     """
 
     temperature: float = 1.0
@@ -130,6 +131,7 @@ class SamplingParams:
     top_logprobs: int = 0
     echo: bool = False
     constraint: Grammar | None = None
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True)

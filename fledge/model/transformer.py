@@ -83,10 +83,13 @@ def rotate(x_BHTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x32 * cos + swapped * sin).to(x_BHTD.dtype)
 
 
-def attend(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, visible: Tensor) -> Tensor:
-    """Softmax attention over the keys that `visible` (B or 1, 1, T, S; bool) allows; softmax in fp32."""
+def attend(q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, visible: Tensor | None) -> Tensor:
+    """Softmax attention over the keys that `visible` (B or 1, 1, T, S; bool) allows; softmax in fp32. None:
+    of as many keys as queries those up to each. A GPU's fastest kernels know that order, but take no mask."""
     H, D = q_BHTD.shape[1], q_BHTD.shape[3]
     G, S = k_BGSD.shape[1], k_BGSD.shape[2]
+    if visible is None:
+        return F.scaled_dot_product_attention(q_BHTD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=H != G)
     if q_BHTD.device.type != "cpu" or S > EXPLICIT_ATTENTION_KEYS:
         return F.scaled_dot_product_attention(q_BHTD, k_BGSD, v_BGSD, attn_mask=visible, enable_gqa=H != G)
     if H != G:
@@ -110,7 +113,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.has_qk_norm else nn.Identity()
         self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.has_qk_norm else nn.Identity()
 
-    def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], visible: Tensor) -> Tensor:
+    def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], visible: Tensor | None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         B, T, _ = x_BTC.shape
         q_BHTD = self.q_norm(self.q_proj(x_BTC).view(B, T, -1, self.head_dim)).transpose(1, 2)
@@ -148,7 +151,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], visible: Tensor) -> Tensor:
+    def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], visible: Tensor | None) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         x_BTC = x_BTC + self.self_attn(self.input_layernorm(x_BTC), rope, visible)
         out_BTC: Tensor = x_BTC + self.mlp(self.post_attention_layernorm(x_BTC))
@@ -204,8 +207,9 @@ class CausalLM(nn.Module):
         """Weights, tied ones counted once."""
         return sum(p.numel() for p in self.parameters())
 
-    def hidden(self, input_ids_BT: Tensor, positions_BT: Tensor, visible: Tensor) -> Tensor:
-        """The trunk's output (B, T, C). `visible` says which keys may be seen but for the layers' windows."""
+    def hidden(self, input_ids_BT: Tensor, positions_BT: Tensor, visible: Tensor | None) -> Tensor:
+        """The trunk's output (B, T, C). `visible` says which keys may be seen but for the layers' windows;
+        None, without windows: all up to each token (see `attend`)."""
         x_BTC = self.model.embed_tokens(input_ids_BT)
         rope = rotary_angles(self.config, positions_BT)
         near = self._within_window(positions_BT, visible)
@@ -218,10 +222,10 @@ class CausalLM(nn.Module):
         out: Tensor = self.model.norm(x_BTC)
         return out
 
-    def _within_window(self, positions_BT: Tensor, visible: Tensor) -> Tensor:
+    def _within_window(self, positions_BT: Tensor, visible: Tensor | None) -> Tensor | None:
         """`visible` without the keys that are too far back for a layer with a window."""
         window = self.config.sliding_window
-        if window is None or visible.shape[-1] <= window:
+        if window is None or visible is None or visible.shape[-1] <= window:
             return visible
         return visible & (positions_BT[:, None, :] > positions_BT[:, :, None] - window)[:, None]
 
@@ -235,8 +239,10 @@ class CausalLM(nn.Module):
         and positions count from each segment's start."""
         T = input_ids_BT.shape[1]
         index_T = torch.arange(T, device=input_ids_BT.device)
-        visible = (index_T[:, None] >= index_T[None, :])[None, None]
         positions_BT = index_T[None]
+        if segment_ids_BT is None and index_T.device.type != "cpu" and self.config.sliding_window is None:
+            return self.hidden(input_ids_BT, positions_BT, None)
+        visible = (index_T[:, None] >= index_T[None, :])[None, None]
         if segment_ids_BT is not None:
             visible = visible & (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])[:, None]
             starts = F.pad(segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1], (1, 0), value=True)

@@ -222,12 +222,21 @@ def _evaluate(config: Config, console: Console, name: str, model: Path, **settin
 
 
 def _say_goodbye(console: Console, config: Config, report: Path) -> None:
-    chat = f"{_program()} chat --model {config.out / (_aligned_by(config) or 'sft') / 'model'}"
+    aligned = _aligned_by(config)
+    chat = f"{_program()} chat --model {config.out / (aligned or 'sft') / 'model'}"
+    stages = ("base", "sft", *([aligned] if aligned else []))
+    serve = f"{_program()} serve --model " + " ".join(f"{one}={config.out / one / 'model'}" for one in stages)
     known, invented = (
         next(read_jsonl(config.out / f"corpus/eval_{questions}.jsonl"))[1]["question"]
         for questions in ("seen", "invented")
     )
-    lines = (f"report: {report}", f"chat:   {chat}", f"ask:    {known}", f"        {invented}")
+    lines = (
+        f"report: {report}",
+        f"chat:   {chat}",
+        f"ask:    {known}",
+        f"        {invented}",
+        f"side by side, in the browser: {serve}",
+    )
     console.print("\n" + "\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""`fledge doctor`: what this machine offers, and what fledge will use of it."""
+"""`fledge doctor`: what this machine offers and what fledge will use; or which programs read a model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,26 @@ from rich.console import Console
 from rich.table import Table
 
 from fledge.device import can_compile, cpu_has_amx, cpu_has_avx512_bf16, pick_compute_dtype, pick_device
+from fledge.evals.readers import installed, verdicts
 
 GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Show what this machine offers and what fledge will use."""
+    """Show what this machine offers and what fledge will use, or who can read a model directory."""
 
+    model: Path | None = None
+    """Model directory to judge instead: which programs can read it, and why not."""
     json: bool = False
     """Print one JSON object, for programs and bug reports, in place of the table."""
 
 
 def main(config: Config) -> None:
-    """Examine the machine and print what was found."""
+    """Examine the machine, or the model, and print what was found."""
+    if config.model is not None:
+        _judge(config.model, config.json)
+        return
     found = examine()
     if config.json:
         print(json.dumps(found, indent=2))
@@ -41,6 +47,27 @@ def main(config: Config) -> None:
             table.add_section()
         for name, value in section:
             table.add_row(name, value)
+    Console(markup=False, highlight=False).print(table)
+
+
+def _judge(directory: Path, as_json: bool) -> None:
+    """Print which programs read a model directory."""
+    what, found = verdicts(directory)
+    versions = installed()
+    if as_json:
+        rows = {
+            name: {"reads": v.word, **asdict(v), "installed": versions[name]} for name, v in found.items()
+        }
+        print(json.dumps({"directory": str(directory), "what": what, "readers": rows}, indent=2))
+        return
+    table = Table(show_header=False, title=f"{directory}: {what}", title_justify="left", show_lines=True)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, verdict in found.items():
+        version = f" ({versions[name]} here)" if versions[name] else ""
+        lines = [*verdict.no, *verdict.unsure, *verdict.notes]
+        table.add_row(f"{name}{version}", verdict.word, "\n".join(lines))
     Console(markup=False, highlight=False).print(table)
 
 

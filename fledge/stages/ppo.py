@@ -32,6 +32,7 @@ from fledge.train.actor_critic import (
 from fledge.train.experience import Settings, World
 from fledge.train.loop import FitConfig, Metrics, fit, last_evaluation
 from fledge.train.optim import make_optimizers
+from fledge.train.parallel import Ranks, joined
 from fledge.train.ppo import held_out_figures, memory_line, ppo_loss, ppo_steps, sample_lines
 from fledge.train.pretraining_mix import read_mix
 from fledge.train.progress import say
@@ -146,12 +147,17 @@ class Config:
 
 def main(config: Config) -> None:
     """Train to the end, or go on where an interrupted run stopped."""
-    console = Console(stderr=True)
+    with joined(config.device) as ranks:
+        _train(config, ranks)
+
+
+def _train(config: Config, ranks: Ranks) -> None:
+    console = Console(stderr=True, quiet=not ranks.leads)
     check_at_least(config, 1, "decode_rows", "ptx_rows", "ptx_row_tokens", "evaluation_prompts")
     settings = Settings(**{field.name: getattr(config, field.name) for field in fields(Settings)})
     lora = lora_of(config.lora_rank, config.lora_alpha, config.lora_targets)
     tokenizer = Tokenizer.load(config.model)
-    run = Run.open(config.out, to_toml(replace(config, overwrite=False)), config.overwrite)
+    run = Run.open(config.out, to_toml(replace(config, overwrite=False)), config.overwrite, ranks.leads)
     if run.finished:
         say(console, f"{config.out}: finished already; the model is {run.model}")
         return
@@ -162,6 +168,7 @@ def main(config: Config) -> None:
     prompts = read_split(config.prompts, *kinds)
     longest = prompts.longest + config.max_tokens
     world, gold = _world(config, lora, tokenizer, policy, settings, longest)
+    world = replace(world, ranks=ranks)
     mix = None
     if config.ptx:
         sizes = (config.ptx_rows, min(config.ptx_row_tokens, context), config.micro_batch_tokens)
@@ -195,7 +202,10 @@ def main(config: Config) -> None:
     steps = ppo_steps(world, prompts.train, mix, stops.append)
     loss, measure = partial(ppo_loss, settings=settings), evaluate if prompts.held else None
     saved = partial(read_trained, read_policy=read_weights if lora is None else read_adapter)
-    done = fit(model, optimizers, steps, loss, fit_config, run, write_checkpoint, measure, model, saved)
+    how = (fit_config, run, write_checkpoint, measure, model, saved)
+    done = fit(model, optimizers, steps, loss, *how, ranks=ranks, reads_model=True)
+    if not ranks.leads:
+        return
     if stops:
         say(console, f"stopped: a KL of {stops[0]:.2f} nats a completion is above --stop-kl {config.stop_kl}")
     with new_directory(run.model, overwrite=True) as directory:

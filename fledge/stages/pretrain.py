@@ -30,6 +30,7 @@ from fledge.train.loop import FitConfig, Metrics, fit, row_steps
 from fledge.train.losses import next_token_loss
 from fledge.train.memory import Setup, check_memory_here
 from fledge.train.optim import OptimizerName, make_optimizers
+from fledge.train.parallel import Ranks, joined
 from fledge.train.progress import say
 from fledge.train.reading import begin_run, read_sources
 from fledge.train.recipe import Recipe, adapted, model_config, parse_count, recipe_for
@@ -115,29 +116,37 @@ class Config:
 
 def main(config: Config) -> None:
     """Train to the end, or go on where an interrupted run stopped."""
-    console = Console(stderr=True)
+    with joined(config.device) as ranks:
+        _train(config, ranks)
+
+
+def _train(config: Config, ranks: Ranks) -> None:
+    console = Console(stderr=True, quiet=not ranks.leads)
     _check(config)
     tokenizer = Tokenizer.load(config.tokenizer)
     named = load_sources(config.data, config.weights)
-    run = Run.open(config.out, to_toml(replace(config, overwrite=False)), config.overwrite)
+    run = Run.open(config.out, to_toml(replace(config, overwrite=False)), config.overwrite, ranks.leads)
     if run.finished:
         say(console, f"{config.out}: finished already; the model is {run.model}")
         return
     if config.model_type == "ngram":
+        if ranks.count > 1:
+            raise UserError("--model-type ngram is counted by one process: start it without torchrun")
         _count(config, run, console, tokenizer, named)
         return
     device = pick_device(config.device)
     recipe = _recipe(config, tokenizer.vocab_size)
     prompts = _encode_prompts(config, tokenizer)
     fit_config = _fit_config(config, recipe, device)
-    memory = _check_memory(config, tokenizer.vocab_size, recipe, fit_config, device)
+    memory = _check_memory(config, tokenizer.vocab_size, recipe, fit_config, device, ranks)
     model = CausalLM(model_config(recipe, config.model_type, tokenizer.vocab_size, config.context))
     model.checkpoint_activations = config.checkpoint_activations
     model.init_weights(torch.Generator().manual_seed(config.seed))
     model.to(device)
     rates = (recipe.matrix_lr, recipe.adam_lr, config.weight_decay)
     optimizers = make_optimizers(model, config.optimizer, *rates)
-    sources = _read(config, console, tokenizer, named)  # after all that can be wrong without it
+    with ranks.leader_first():  # after all that can be wrong without it
+        sources = _read(config, console, tokenizer, named)
     fit_config, planned = _within_maxima(fit_config, recipe, sources)
     console.print(plan_table(sources, planned))
     check_size(sources, recipe.batch_tokens, planned)
@@ -147,7 +156,7 @@ def main(config: Config) -> None:
     data = begin_run(run, tokenizer, sources)
     _print_plan(console, config, recipe, model, fit_config, memory)
     rows = recipe.batch_tokens // config.row_tokens
-    steps = row_steps(mixture.rows, rows, max(1, config.micro_batch_tokens // config.row_tokens))
+    steps = row_steps(mixture.rows, rows, max(1, config.micro_batch_tokens // config.row_tokens), ranks)
 
     def write_model(directory: Path, tokens: int) -> None:
         origin = lineage("pretrain", config, None, data, tokenizer.fingerprint(), tokens)
@@ -155,7 +164,9 @@ def main(config: Config) -> None:
 
     engine = Engine(model, [tokenizer.eos_id], compute_dtype=fit_config.compute_dtype)
     evaluate = held_out_evaluation(run, engine, tokenizer, prompts, sources, config.row_tokens)
-    done = fit(model, optimizers, steps, next_token_loss, fit_config, run, write_model, evaluate)
+    done = fit(model, optimizers, steps, next_token_loss, fit_config, run, write_model, evaluate, ranks=ranks)
+    if not ranks.leads:
+        return
     with new_directory(run.model, overwrite=True) as directory:
         write_model(directory, done["tokens"])
     read = accounts(sources, mixture, done["steps"] * rows)
@@ -263,22 +274,30 @@ def _fit_config(config: Config, recipe: Recipe, device: torch.device) -> FitConf
 
 
 def _check_memory(
-    config: Config, vocab_size: int, recipe: Recipe, fit_config: FitConfig, device: torch.device
+    config: Config,
+    vocab_size: int,
+    recipe: Recipe,
+    fit_config: FitConfig,
+    device: torch.device,
+    ranks: Ranks,
 ) -> str:
     def sized(params: int) -> ModelConfig:
         other = _recipe(replace(config, params=str(params)), vocab_size)
         return model_config(other, config.model_type, vocab_size, config.context)
 
+    batch_tokens = -(-recipe.batch_tokens // ranks.count)
     setup = Setup(
-        rows=max(1, min(config.micro_batch_tokens, recipe.batch_tokens) // config.row_tokens),
+        rows=max(1, min(config.micro_batch_tokens, batch_tokens) // config.row_tokens),
         row_tokens=config.row_tokens,
         optimizer=config.optimizer,
         compute_dtype=fit_config.compute_dtype,
         compiled=fit_config.compile,
         checkpointed=config.checkpoint_activations,
         segments=config.isolate_documents or config.packing == "best-fit",
-        accumulates=config.micro_batch_tokens < recipe.batch_tokens,
+        accumulates=config.micro_batch_tokens < batch_tokens,
         on_cpu=device.type == "cpu",
+        ranks=ranks.count,
+        neighbours=ranks.neighbours,
     )
     shape = model_config(recipe, config.model_type, vocab_size, config.context)
     return check_memory_here(shape, setup, device, smaller=sized)

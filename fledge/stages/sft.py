@@ -30,6 +30,7 @@ from fledge.train.loop import FitConfig, Metrics, fit, row_steps
 from fledge.train.losses import mean_loss, next_token_loss
 from fledge.train.memory import Setup, check_memory_here, trained_share
 from fledge.train.optim import OptimizerName, make_optimizers
+from fledge.train.parallel import Ranks, joined
 from fledge.train.progress import say
 from fledge.train.saving import save_assistant
 from fledge.types import SamplingParams
@@ -105,12 +106,17 @@ class Config:
 
 def main(config: Config) -> None:
     """Train to the end, or go on where an interrupted run stopped."""
-    console = Console(stderr=True)
+    with joined(config.device) as ranks:
+        _train(config, ranks)
+
+
+def _train(config: Config, ranks: Ranks) -> None:
+    console = Console(stderr=True, quiet=not ranks.leads)
     _check(config)
     base = Tokenizer.load(config.model)
     fitted = fit_for_chats(base)
     tokenizer = fitted.tokenizer
-    run = Run.open(config.out, to_toml(replace(config, overwrite=False)), config.overwrite)
+    run = Run.open(config.out, to_toml(replace(config, overwrite=False)), config.overwrite, ranks.leads)
     if run.finished:
         say(console, f"{config.out}: finished already; the model is {run.model}")
         return
@@ -122,14 +128,16 @@ def main(config: Config) -> None:
         add_lora(model, lora, torch.Generator().manual_seed(config.seed))
     row_tokens = _row_tokens(config, model)
     inputs = cache(partial(_inputs, config, tokenizer))
-    data, best_of = _data(config, run, inputs, device, console)
+    made = _data(config, run, inputs, device, console) if ranks.leads else (config.data, None)
+    place, best_of = ranks.share([str(made[0]), made[1]])
+    data = Path(place)
     chats = read_conversations(data, tokenizer, row_tokens + 1, config.cut_overlong)
     train, validation = split_conversations(chats, config.validation_share)
     rows = ConversationRows(*train, row_tokens, tokenizer.eos_id, config.seed)
     held = ConversationRows(*validation, row_tokens, tokenizer.eos_id, 0) if validation[0] else None
     batch_rows = max(1, config.batch_tokens // row_tokens)
     fit_config = _fit_config(config, model, rows, batch_rows, device)
-    memory = _check_memory(config, model, batch_rows, row_tokens, fit_config)
+    memory = _check_memory(config, model, batch_rows, row_tokens, fit_config, ranks)
     model.checkpoint_activations = config.checkpoint_activations
     rates = (config.matrix_lr, config.adam_lr, config.weight_decay)
     optimizers = make_optimizers(model, config.optimizer, *rates)
@@ -142,10 +150,13 @@ def main(config: Config) -> None:
     write = partial(
         save_assistant, model=model, tokenizer=tokenizer, origin=origin, base=config.model, lora=lora
     )
-    steps = row_steps(rows.rows, batch_rows, max(1, config.micro_batch_tokens // row_tokens))
+    steps = row_steps(rows.rows, batch_rows, max(1, config.micro_batch_tokens // row_tokens), ranks)
     evaluate = partial(_evaluate, model, held, fit_config.compute_dtype) if held else None
     read = read_weights if lora is None else read_adapter
-    done = fit(model, optimizers, steps, next_token_loss, fit_config, run, write, evaluate, read_model=read)
+    how = (fit_config, run, write, evaluate)
+    done = fit(model, optimizers, steps, next_token_loss, *how, read_model=read, ranks=ranks)
+    if not ranks.leads:
+        return
     with new_directory(run.model, overwrite=True) as directory:
         write(directory, done["tokens"])
     epochs = round(done["steps"] * batch_rows / rows.epoch_rows(0), 3)
@@ -253,20 +264,28 @@ def _fit_config(
 
 
 def _check_memory(
-    config: Config, model: CausalLM, batch_rows: int, row_tokens: int, fit_config: FitConfig
+    config: Config,
+    model: CausalLM,
+    batch_rows: int,
+    row_tokens: int,
+    fit_config: FitConfig,
+    ranks: Ranks,
 ) -> str:
     micro_rows = max(1, config.micro_batch_tokens // row_tokens)
     device = model.model.embed_tokens.weight.device
+    own_rows = -(-batch_rows // ranks.count)
     setup = Setup(
-        rows=min(micro_rows, batch_rows),
+        rows=min(micro_rows, own_rows),
         row_tokens=row_tokens,
         optimizer=config.optimizer,
         compute_dtype=fit_config.compute_dtype,
         compiled=fit_config.compile,
         checkpointed=config.checkpoint_activations,
-        accumulates=micro_rows < batch_rows,
+        accumulates=micro_rows < own_rows,
         on_cpu=device.type == "cpu",
         trained_share=trained_share(model),
+        ranks=ranks.count,
+        neighbours=ranks.neighbours,
     )
     return check_memory_here(model.config, setup, device, model.num_parameters())
 

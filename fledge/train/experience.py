@@ -17,6 +17,7 @@ from fledge.errors import UserError
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.train.actor_critic import ActorCritic, Read, Reference
 from fledge.train.loop import Metrics
+from fledge.train.parallel import ALONE, Ranks
 from fledge.train.ppo_losses import (
     explained_variance,
     generalised_advantages,
@@ -123,6 +124,7 @@ class World:
     settings: Settings
     compute_dtype: torch.dtype
     decode_rows: int = 64
+    ranks: Ranks = ALONE
 
     @property
     def device(self) -> torch.device:
@@ -132,13 +134,16 @@ class World:
     def play(self, prompts: Sequence[EncodedPrompt], *numbers: int) -> list[Rollout]:
         """Roll-outs by the policy as it is now."""
         how = (self.eos_ids, self.decode_rows, self.compute_dtype, self.tokenizer)
-        return play(self.actor.policy, *how, prompts, self.settings.sampling(*numbers))
+        return play(self.actor.policy, *how, prompts, self.settings.sampling(*numbers), self.ranks)
+
+    def judge(self, reward: RewardFunction, rollouts: Sequence[Rollout]) -> list[float]:
+        """What a reward function gives; each rank judges a part."""
+        return self.ranks.spread(lambda part, _first: reward(list(part)), rollouts)
 
     def read(self, rows: Padded, parts: Sequence[Sequence[int]]) -> tuple[Read, Tensor]:
         """What policy, value function and reference say of each row, in micro-batches `parts`."""
-        found = read_in_parts(
-            rows, parts, self.device, self.compute_dtype, lambda b: (*self.actor(b), self.reference(b))
-        )
+        how = (self.device, self.compute_dtype, lambda b: (*self.actor(b), self.reference(b)))
+        found = read_in_parts(rows, parts, *how, self.ranks)
         return Read(*found[:3]), found[3]
 
 
@@ -225,7 +230,7 @@ def experience_of(
     """Judge and read roll-outs, in the micro-batches in which they are learned from first. Raises UserError
     if the reward function is `checked` and fails, or the sampler is too far from what is trained."""
     settings = world.settings
-    raw = world.reward(rollouts)
+    raw = world.judge(world.reward, rollouts)
     scores, given = final_scores(raw, rollouts, settings.missing_eos_score), raw
     if settings.normalise_rewards:
         state.note([score for score, one in zip(raw, rollouts, strict=True) if one.ended])

@@ -45,6 +45,10 @@ class Setup:
     on_cpu: bool = True
     trained_share: float = 1.0
     """Share of the weights that have gradients and moments (adapters: few)."""
+    ranks: int = 1
+    """Processes that the model is spread over."""
+    neighbours: int = 1
+    """How many of them share this machine's memory, where they compute on its CPU."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +60,17 @@ class Estimate:
     optimizer: float
     activations: float
     rest: float
+    whole: float = 0.0
+    """Of several ranks: what an evaluation takes beyond a step, as each then has all the weights."""
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.rest
+        return self.weights + self.gradients + self.optimizer + self.activations + self.rest + self.whole
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {value / GB:.1f}" for name, value in vars(self).items())
+        shown = {name: value for name, value in vars(self).items() if value or name != "whole"}
+        parts = ", ".join(f"{name} {value / GB:.1f}" for name, value in shown.items())
         return f"about {self.total / GB:.1f} GB ({parts})"
 
 
@@ -75,12 +82,38 @@ def estimate(config: ModelConfig, setup: Setup, rest: float) -> Estimate:
     activations = _saved_bytes(config, setup) + head_bytes(config, setup)
     if setup.compute_dtype != torch.float32:  # the matrices once more
         activations += 2.0 * sum(p.numel() for p in model.parameters() if p.ndim == 2)
+        if setup.ranks > 1 and setup.checkpointed:  # but then only those of a block at a time
+            activations -= 2.0 * (config.num_hidden_layers - 1) * unit_sizes(model)[1]
     rest += setup.on_cpu * (KERNEL_BYTES + setup.compiled * COMPILER_BYTES)
-    heap = ACCUMULATING_HEAP_SHARE if setup.accumulates else HEAP_SHARE
+    # With several ranks weights that come and go leave gaps too.
+    heap = ACCUMULATING_HEAP_SHARE if setup.accumulates or setup.ranks > 1 else HEAP_SHARE
     share = CUDA_SHARE if not setup.on_cpu else COMPILED_HEAP_SHARE if setup.compiled else heap
     trained = setup.trained_share
     moments = trained * state_bytes(model, setup.optimizer)
-    return Estimate(weights, trained * weights, moments, share * activations, rest)
+    one = Estimate(weights, trained * weights, moments, share * activations, rest)
+    return one if setup.ranks == 1 else _spread(one, unit_sizes(model), setup)
+
+
+def unit_sizes(model: CausalLM) -> tuple[int, int]:
+    """Weights that are brought together at once where a model is spread over ranks: those outside the blocks
+    (from a forward pass to the end of its backward pass), and those of a block."""
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    return model.num_parameters() - block * len(model.model.layers), block
+
+
+def _spread(one: Estimate, units: tuple[int, int], setup: Setup) -> Estimate:
+    """What each of several ranks holds of that: its share, and while it computes the weights outside the
+    blocks and of two blocks (the next one comes while one is computed), with the gradients of one."""
+    (outside, block), count = units, setup.ranks
+    step = Estimate(
+        one.weights / count + 4.0 * (outside + 2 * block),
+        one.gradients / count + 4.0 * setup.trained_share * (outside + block),
+        one.optimizer / count,
+        one.activations,
+        one.rest,
+    )
+    whole = one.weights + one.weights / count + one.optimizer / count + one.rest
+    return replace(step, whole=max(0.0, whole - step.total))
 
 
 def block_bytes(config: ModelConfig, setup: Setup) -> float:
@@ -156,6 +189,8 @@ def check_memory_here(
     """`check_memory` with what this process holds and can still take. `parameters`: those of a model that is
     made already, so that they are not counted twice; `other`: bytes that the estimate does not know of."""
     held, free = resident_bytes(device), free_bytes(device)
+    if free is not None and setup.on_cpu:
+        free /= setup.neighbours
     rest = max(0.0, held - 4 * parameters) + other
     return check_memory(config, setup, rest, None if free is None else held + free, smaller)
 

@@ -24,9 +24,10 @@ from fledge.train.experience import (
     experience_of,
     final_scores,
 )
-from fledge.train.loop import Metrics, MicroBatch, Step, Steps
+from fledge.train.loop import Metrics, Step, Steps, own_batches
 from fledge.train.losses import Term, forward_of
 from fledge.train.memory import Setup, check_memory_here, estimate, trained_share
+from fledge.train.parallel import ALONE, Ranks
 from fledge.train.ppo_losses import adapted_beta, k3, masked_mean, policy_loss, value_loss
 from fledge.train.pretraining_mix import PretrainingMix, TextBatch
 from fledge.train.prompts import EncodedPrompt, prompts_at
@@ -53,7 +54,7 @@ def ppo_steps(
             rollouts = world.play(chosen, 2, number)
             lengths = [len(rollout.input_ids) for rollout in rollouts]
             plan = [
-                list(micro_batches(minibatch, lengths, settings.micro_batch_tokens))
+                world.ranks.even(list(micro_batches(minibatch, lengths, settings.micro_batch_tokens)))
                 for epoch in range(settings.epochs)
                 for minibatch in minibatches(
                     len(rollouts), settings.minibatches, [settings.seed, 3, number, epoch]
@@ -72,9 +73,10 @@ def ppo_steps(
                 )
             for update, parts in enumerate(plan):
                 shown = [found.figures if update == i == 0 else {} for i in range(len(parts))]
-                batches: list[MicroBatch] = list(map(found.batch, parts, shown))
+                batches = own_batches(world.ranks, list(map(found.batch, parts, shown)))
                 if mix is not None:
-                    batches += mix.batches(number * settings.updates + update)
+                    texts = mix.batches(number * settings.updates + update)
+                    batches += own_batches(world.ranks, texts)
                 is_last = update == len(plan) - 1
                 yield Step(batches, may_save=is_last, state=vars(state).copy() if is_last else {})
 
@@ -129,10 +131,10 @@ def held_out_figures(
     them. `validation` is minus the mean of the gold rewards, or of the scores where there is no gold rule."""
     settings = world.settings
     rollouts = world.play(prompts, 5)
-    raw = world.reward(rollouts)
+    raw = world.judge(world.reward, rollouts)
     scores = {"score": final_scores(raw, rollouts, settings.missing_eos_score)}
     if gold is not None:
-        scores["gold"] = gold(rollouts)
+        scores["gold"] = world.judge(gold, rollouts)
     rows = padded(rollouts)
     parts = list(micro_batches(range(len(rollouts)), rows.lengths.tolist(), settings.micro_batch_tokens))
     said, ref_BT = world.read(rows, parts)
@@ -172,10 +174,12 @@ def step_setup(
     longest: int,
     compute_dtype: torch.dtype,
     checkpointed: bool,
+    ranks: Ranks = ALONE,
 ) -> Setup:
     """What decides how much memory a step takes, of roll-outs of so many completions, with rows of at most
     `longest` tokens."""
     rows = max(1, micro_batch_tokens // longest)
+    completions = -(-completions // ranks.count)
     return Setup(
         rows=min(rows, -(-completions // minibatches)),
         row_tokens=longest,
@@ -186,6 +190,8 @@ def step_setup(
         accumulates=rows * minibatches < completions,
         on_cpu=policy.model.embed_tokens.weight.device.type == "cpu",
         trained_share=trained_share(policy),
+        ranks=ranks.count,
+        neighbours=ranks.neighbours,
     )
 
 
@@ -201,6 +207,7 @@ def memory_line(world: World, longest: int, checkpointed: bool) -> str:
         longest,
         world.compute_dtype,
         checkpointed,
+        world.ranks,
     )
     size = sum(parameter.numel() for parameter in policy.parameters())
     other = 4.0 * size  # the reference, or the policy with its adapter merged, to sample from

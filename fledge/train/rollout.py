@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +25,10 @@ from fledge.model.lora import LoRALinear
 from fledge.model.transformer import CausalLM
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.train import losses
+from fledge.train.parallel import ALONE, Ranks
 from fledge.train.ppo_losses import k1, k3
 from fledge.train.prompts import EncodedPrompt
-from fledge.types import Completion, Rollout, SamplingParams, pad_rows
+from fledge.types import Completion, Rollout, SamplingParams, Token, pad_rows
 
 # Nats a token between sampler and training beyond which nothing is learned; rounding in bf16 gives 0.003.
 MOST_GAP = 0.2
@@ -60,20 +62,47 @@ def play(
     tokenizer: Tokenizer,
     prompts: Sequence[EncodedPrompt],
     params: SamplingParams,
+    ranks: Ranks = ALONE,
 ) -> list[Rollout]:
     """`roll_out` of a policy as it is now, at most `rows` completions at once."""
     dtype = None if compute_dtype == torch.float32 else compute_dtype
-    return roll_out(Engine(merged_view(policy), eos_ids, rows, dtype), tokenizer, prompts, params)
+    return roll_out(Engine(merged_view(policy), eos_ids, rows, dtype), tokenizer, prompts, params, ranks)
 
 
 def roll_out(
-    engine: Engine, tokenizer: Tokenizer, prompts: Sequence[EncodedPrompt], params: SamplingParams
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompts: Sequence[EncodedPrompt],
+    params: SamplingParams,
+    ranks: Ranks = ALONE,
 ) -> list[Rollout]:
     """`params.n` roll-outs for each prompt, in the prompts' order. The ids are those that were sampled, never
-    those of their text. A stop id of the engine or of `params` ends one and belongs to it."""
-    made = engine.generate([prompt.ids for prompt in prompts], params)
+    those of their text. A stop id of the engine or of `params` ends one and belongs to it. Each rank makes
+    those of its part of the prompts, with the random numbers that they have among all, and gets all."""
+    if ranks.count == 1:
+        made = engine.generate([prompt.ids for prompt in prompts], params)
+    else:
+
+        def part(mine: Sequence[EncodedPrompt], first: int) -> list[list[Any]]:
+            return [_told(one) for one in engine.generate([p.ids for p in mine], params, first=first)]
+
+        made = [_heard(said) for said in ranks.spread(part, prompts)]
     asked = [prompt for prompt in prompts for _ in range(params.n)]
     return [_rollout(tokenizer, prompt, one) for prompt, one in zip(asked, made, strict=True)]
+
+
+def _told(made: Completion) -> list[Any]:
+    """What other ranks need of a completion, as JSON values."""
+    end = made.stop_token
+    stop = None if end is None else [end.id, end.sampled_logp]
+    return [made.ids, made.sampled_logps, stop, made.finish_reason]
+
+
+def _heard(said: list[Any]) -> Completion:
+    """The inverse of `_told`."""
+    ids, logps, stop, reason = said
+    end = None if stop is None else Token(stop[0], stop[1], stop[1])
+    return Completion(ids, logps, reason, sampled_logps=logps, stop_token=end)
 
 
 def _rollout(tokenizer: Tokenizer, prompt: EncodedPrompt, made: Completion) -> Rollout:
@@ -208,16 +237,19 @@ def read_in_parts(
     device: torch.device,
     compute_dtype: torch.dtype,
     read: Callable[[Padded], Sequence[Tensor]],
+    ranks: Ranks = ALONE,
 ) -> list[Tensor]:
     """What `read` says of each row, all (B, T), in micro-batches `parts`: read again in the same ones, before
-    anything is learned, models say exactly the same. Rows of no part get 0."""
+    anything is learned, models say exactly the same. Rows of no part get 0. Each rank reads its own parts."""
     found: list[Tensor] = []
-    for part in parts:
+    for i, counts in ranks.turns(len(parts)):
         with autocast(device, compute_dtype):
-            said = read(rows.rows(part).to(device))
+            said = read(rows.rows(parts[i]).to(device))
         found = found or [torch.zeros(rows.mask.shape) for _ in said]
         for whole_BT, part_bt in zip(found, said, strict=True):
-            whole_BT[list(part), : part_bt.shape[1]] = part_bt.float().cpu()
+            if counts:
+                whole_BT[list(parts[i]), : part_bt.shape[1]] = part_bt.float().cpu()
+    ranks.add(found)
     return found
 
 

@@ -164,7 +164,9 @@ def test_without_an_alignment_it_stops_after_fine_tuning(
     assert ran == ["pretrain", "sft"] and not [name for name in made if (out / name).exists()]
     summary = json.loads((out / "summary.json").read_text())
     assert "alignment" not in summary and "aligned" not in summary["models"]
-    assert f"chat --model {out / 'sft/model'}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"chat --model {out / 'sft/model'}" in said
+    assert f"serve --model base={out / 'base/model'} sft={out / 'sft/model'}" in said
 
 
 def test_the_parts_that_are_done_are_not_done_again(
