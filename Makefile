@@ -6,6 +6,9 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt
+# Clients of `fledge serve`: their requirements conflict, so each has an environment of its own.
+CLIENTS := .venv-clients
+CLIENT_STAMPS := $(patsubst %,$(CLIENTS)/%/installed,openai langchain llm lm_eval garak schemathesis)
 
 .PHONY: all demo test test-all lint types bench docs
 # The checks fill the same screen and the same cores: one after the other.
@@ -19,7 +22,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
-test-all: $(VENV)/installed-peers
+test-all: $(VENV)/installed-peers $(CLIENT_STAMPS)
 	$(BIN)/python -m pytest -m ""
 
 lint: $(VENV)/installed-dev
@@ -49,4 +52,16 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 $(VENV)/installed-peers: $(VENV)/installed-dev
 	$(PIP_INSTALL) -e '.[dev,peers]'
+	touch $@
+
+# A client's file names all that it needs. These two find torch and transformers in the peers' environment;
+# bench/serve.py measures the second.
+$(CLIENTS)/lm_eval/installed $(CLIENTS)/transformers/installed: $(VENV)/installed-peers
+
+$(CLIENTS)/%/installed: tests/clients/%.txt | $(BIN)/python
+	rm -rf $(@D)
+	$(PYTHON) -m venv --without-pip $(@D)
+	$(BIN)/python -m pip --python $(@D)/bin/python install $(PIP_ARGS) --no-deps -r $<
+	$(if $(filter %-peers,$^),$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	    >$$(echo $(@D)/lib/python3*/site-packages)/peers.pth)
 	touch $@

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,8 @@ def write_demo_report(out: Path) -> Path:
         "shown": _shown(models),
         "headline": headline,
         "chat": f"fledge chat --model {shlex.quote(str(out / _folder(final, summary) / 'model'))}",
+        "serve": "fledge serve --model "
+        + " ".join(shlex.quote(f"{folder}={out / folder / 'model'}") for folder in _folders(models, summary)),
         "bits": _bits(summary),
         "answers": _answers(out, summary, _shown(models)),
         "samples": _samples(out),
@@ -84,6 +86,11 @@ def _method(summary: Mapping[str, Any]) -> str:
 def _folder(model: str, summary: Mapping[str, Any]) -> str:
     """The directory of a model or its evaluation: an aligned one's is called by its method."""
     return str(summary["alignment"]["method"]) if model == "aligned" else model
+
+
+def _folders(models: Iterable[str], summary: Mapping[str, Any]) -> list[str]:
+    """The directories of the models, each once: the base model was asked in several ways."""
+    return list(dict.fromkeys(_folder(model.partition("-")[0], summary) for model in models))
 
 
 def _models(summary: Mapping[str, Any]) -> dict[str, str]:

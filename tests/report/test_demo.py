@@ -552,6 +552,11 @@ def test_the_alignment_has_its_sections(aligned: Path) -> None:
         "The run",
     ]
     assert "fledge chat --model " + str(aligned / "dpo/model") in page.text
+    assert (
+        "fledge serve --model "
+        + " ".join(f"{name}={aligned / name / 'model'}" for name in ("base", "sft", "dpo"))
+        in page.text
+    )
     charts = [attrs for tag, attrs in page.tags if tag == "svg"]
     assert len(charts) == 12  # those of before, best-of-n twice, the losses of reward model and DPO
     assert all(len(str(chart["aria-label"])) > 40 for chart in charts)
