@@ -22,9 +22,9 @@ from fledge.errors import UserError
 # be a multiple of.
 GROUP_WEIGHTS = 32
 OUTPUT_BLOCK = 64
-# Steps of an input on each side of zero. Without VNNI two products of bytes are added in 16 bits, which more
-# than 63 steps could overflow.
-_VNNI_STEPS, _OTHER_STEPS = 127, 63
+# Steps of an input on each side of zero, and zero itself as an unsigned byte. Without VNNI two products of
+# bytes are added in 16 bits: inputs of at most 127 cannot overflow them.
+_VNNI_STEPS, _OTHER_STEPS = (127, 128), (63, 64)
 
 
 def int8_product(weight_OI: Tensor, bias_O: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -39,12 +39,12 @@ def int8_product(weight_OI: Tensor, bias_O: Tensor | None) -> Callable[[Tensor],
         raise UserError(
             "--quantize int8: this processor or PyTorch has no such kernels; leave it out"
         ) from None
-    steps = _VNNI_STEPS if torch.cpu._is_vnni_supported() else _OTHER_STEPS
+    steps, zero = _VNNI_STEPS if torch.cpu._is_vnni_supported() else _OTHER_STEPS
 
     def int8(x_NI: Tensor) -> Tensor:
         x_NI = x_NI.float()
         largest_N1 = x_NI.abs().amax(1, keepdim=True).clamp(min=1e-30)
-        out_NO: Tensor = multiply(x_NI / largest_N1, 1 / steps, 128, packed).mul_(largest_N1)
+        out_NO: Tensor = multiply(x_NI / largest_N1, 1 / steps, zero, packed).mul_(largest_N1)
         return out_NO if bias_O is None else out_NO + bias_O
 
     return int8

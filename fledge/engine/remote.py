@@ -54,7 +54,7 @@ class RemoteChat:
     ) -> None:  # fmt: skip
         """`key` is sent as a bearer token. Raises UserError for an address that is none."""
         address = endpoint.rstrip("/").removesuffix("/chat/completions")
-        if httpx2.URL(address).scheme not in ("http", "https") or not httpx2.URL(address).host:
+        if not _is_address(address):
             raise UserError(f"--endpoint {endpoint}: not an address; give one as http://localhost:8000/v1")
         headers = {"authorization": f"Bearer {key}"} if key else {}
         self.model, self.parallel, self.sleep = model, parallel, sleep
@@ -122,7 +122,8 @@ class RemoteChat:
         try:
             event = json.loads(data)
             if "choices" not in event and "error" in event:
-                raise UserError(f"{self.address}: {' '.join(str(event['error']['message']).split())[:200]}")
+                said = event["error"]["message"] if isinstance(event["error"], dict) else event["error"]
+                raise UserError(f"{self.address}: {' '.join(str(said).split())[:200]}")
             choice = event["choices"][0]
             return choice["delta"].get("content") or "", choice.get("finish_reason")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
@@ -195,3 +196,11 @@ def _reason(value: object) -> FinishReason:
 
 def _why(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _is_address(text: str) -> bool:
+    try:
+        url = httpx2.URL(text)
+    except httpx2.InvalidURL:
+        return False
+    return url.scheme in ("http", "https") and bool(url.host)

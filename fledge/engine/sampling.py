@@ -121,7 +121,9 @@ class Sampler:
         self.greedy_B = self._tensor([p.temperature == 0 for p in settings], torch.bool)
         self.all_greedy = all(p.temperature == 0 for p in settings)
         self.temperature_B = self._tensor([p.temperature or 1.0 for p in settings])
-        self.top_k_B = self._used([p.top_k or processors.EVERY for p in settings], processors.EVERY)
+        self.top_k_B = self._used(
+            [min(p.top_k or processors.EVERY, processors.EVERY) for p in settings], processors.EVERY
+        )
         self.top_p_B = self._used([p.top_p or 1.0 for p in settings], 1.0)
         self.min_p_B = self._used([p.min_p or 0.0 for p in settings], 0.0)
         self.repetition_B = self._used([p.repetition_penalty for p in settings], 1.0)

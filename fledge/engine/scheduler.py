@@ -278,8 +278,8 @@ class Scheduler:
     def _abandon(self, error: BaseException) -> None:
         """End everything: what the cache holds is not certain any more."""
         reason = error if isinstance(error, Exception) else RuntimeError("the engine was interrupted")
-        self.waiting.extend(self._arrived)
-        self._arrived.clear()
+        while self._arrived:  # another thread may submit meanwhile
+            self.waiting.append(self._arrived.popleft())
         for generation in (*self.running, *self.waiting):
             generation.end(reason)
         self.running, self._sampler, self._rejected = [], None, {}

@@ -120,7 +120,7 @@ def _weights(directory: Path, raw: dict[str, Any], is_reward: bool, found: Verdi
     dtype = str(next(iter(model.parameters())).dtype).removeprefix("torch.")
     if dtype == "float32":
         found["vLLM"].notes.append(
-            "the weights are fp32, which --dtype auto computes in fp16: pass --dtype bfloat16, or float32"
+            "the weights are fp32, which --dtype auto computes in 16 bits: pass --dtype bfloat16, or float32"
         )
     found["llama.cpp"].notes.append(f"convert_hf_to_gguf.py {directory} --outtype {_gguf_type(dtype)}")
     _shape(model.config, found)

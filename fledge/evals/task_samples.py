@@ -34,12 +34,17 @@ class CheckedTask:
     problems: list[Prompt]
 
 
+def name_of(path: Path) -> str:
+    """What the results of a file or directory are called."""
+    return path.name if path.is_dir() else path.stem
+
+
 def read_task(path: Path, specs: Sequence[str], right_from: float | None, limit: int | None) -> CheckedTask:
     """The test problems of a directory that `fledge task` wrote, with its reward, or those of a file; `specs`
     are rewards in place of the task's. Raises UserError if it is not known what is right."""
-    name, file = path.stem, path
+    name, file = name_of(path), path
     if path.is_dir():
-        name, file = path.name, path / "test.jsonl"
+        file = path / "test.jsonl"
         manifest = read_json(path / "manifest.json") if (path / "manifest.json").is_file() else {}
         specs = specs or tuple(filter(None, [manifest.get("reward")]))
     if not specs:
@@ -120,7 +125,8 @@ def _right(task: CheckedTask, made: Sequence[TextCompletion], n: int) -> list[bo
         )
         for i, reply in enumerate(made)
     ]  # fmt: skip
-    return [reward >= task.right_from for reward in weighted_sum(task.rewards)(rollouts)]
+    rewards = weighted_sum(task.rewards)(rollouts)
+    return [one.ended and reward >= task.right_from for one, reward in zip(rollouts, rewards, strict=True)]
 
 
 def _judged(judge: Judge, problems: Sequence[Prompt], made: Sequence[TextCompletion], n: int) -> list[float]:

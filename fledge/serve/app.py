@@ -17,12 +17,13 @@ from starlette.types import ASGIApp
 from fledge.errors import UserError
 from fledge.serve import generating, other
 from fledge.serve.description import describe
-from fledge.serve.errors import ApiError
+from fledge.serve.errors import ApiError, broken
 from fledge.serve.guard import Limits, guarded
 from fledge.serve.keys import Doorkeeper
 from fledge.serve.page import page_routes
 from fledge.serve.responses import as_json
 from fledge.serve.service import Service
+from fledge.serve.visits import visit_of
 
 Endpoint = Callable[[Service, Request], Awaitable[Response]]
 GET: dict[str, Endpoint] = {
@@ -60,7 +61,7 @@ def make_app(
     routes.append(Route("/openapi.json", described, methods=["GET"]))
     writing = [name for name, served in service.models.items() if served.engine is not None] + elsewhere
     routes += page_routes(writing, corrections)
-    handlers = {ApiError: _api_error, UserError: _mistake, HTTPException: _http_error}
+    handlers = {ApiError: _api_error, UserError: _mistake, HTTPException: _http_error, Exception: _broken}
     app = guarded(Starlette(routes=routes, exception_handlers=handlers), limits, door, service.metrics, log)
     if not origins:
         return app
@@ -85,6 +86,10 @@ async def _api_error(request: Request, error: Exception) -> Response:
 
 async def _mistake(request: Request, error: Exception) -> Response:
     return await _api_error(request, ApiError(400, str(error), code="invalid_value"))
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    return await _api_error(request, broken(visit_of(request).request_id))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

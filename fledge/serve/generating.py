@@ -24,7 +24,6 @@ from fledge.serve.worker import Run, Step
 
 R = TypeVar("R", bound=Fields)
 EVENTS = "text/event-stream"
-NOT_KEPT = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 async def read(request: Request, kind: type[R]) -> R:
@@ -135,4 +134,4 @@ def _streamed(steps: AsyncIterator[list[Step]], chunks: TextChunks | ChatChunks,
             visit.status = shown.status
             yield say.event(shown.body()) + say.DONE
 
-    return StreamingResponse(events(), media_type=EVENTS, headers=NOT_KEPT)
+    return StreamingResponse(events(), media_type=EVENTS, headers=say.NOT_KEPT)

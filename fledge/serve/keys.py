@@ -63,6 +63,13 @@ class Doorkeeper:
 
     def check(self, method: str, path: str, headers: Mapping[str, str]) -> None:
         """Raises ApiError (401, 403)."""
+        try:
+            self._check_sender(headers)
+        except ValueError:  # urlsplit's
+            raise ApiError(403, "the Origin or Host header is no address") from None
+        self._check_key(method, path, headers)
+
+    def _check_sender(self, headers: Mapping[str, str]) -> None:
         host = headers.get("host", "")
         if self._only_local and not is_loopback(_name_of(host)):
             raise ApiError(
@@ -71,6 +78,8 @@ class Doorkeeper:
         origin = headers.get("origin")
         if origin is not None and origin not in self._origins and urlsplit(origin).netloc != host:
             raise ApiError(403, "requests from pages of other sites are refused (see --cors)")
+
+    def _check_key(self, method: str, path: str, headers: Mapping[str, str]) -> None:
         if not self._digests or method == "OPTIONS" or path in PUBLIC or path.startswith("/assets/"):
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")

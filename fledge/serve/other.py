@@ -36,6 +36,8 @@ from fledge.tokenizer.bpe import Tokenizer
 
 # Padded tokens that are read between two steps of those who stream.
 PIECE_TOKENS = 4096
+# Texts or conversations of a request that are made vectors or judged.
+MAX_ROWS = 2048
 
 
 async def health(service: Service, request: Request) -> Response:
@@ -168,6 +170,7 @@ async def embeddings(service: Service, request: Request) -> Response:
     if asked.dimensions not in (None, width):
         raise ApiError(400, f"dimensions: this model's embeddings have {width}; leave it out", "dimensions")
     rows = await run_in_threadpool(prompt_ids, given, served.tokenizer)
+    _check_count(len(rows), "input")
     _check_lengths(rows, served)
     visit = visit_of(request)
     service.take(visit, served, 1)
@@ -178,12 +181,21 @@ async def embeddings(service: Service, request: Request) -> Response:
         vectors = await unless_gone(request, served.worker.call(work))
         found.update(zip(part, vectors, strict=True))
     as_text = asked.encoding_format == "base64"
-    data = [
-        {"object": "embedding", "index": i, "embedding": _in_base64(found[i]) if as_text else found[i]}
-        for i in range(len(rows))
-    ]
     usage = {"prompt_tokens": visit.prompt_tokens, "total_tokens": visit.prompt_tokens}
-    return answer({"object": "list", "data": data, "model": served.name, "usage": usage})
+
+    def written() -> Response:
+        data = [
+            {"object": "embedding", "index": i, "embedding": _in_base64(found[i]) if as_text else found[i]}
+            for i in range(len(rows))
+        ]
+        return answer({"object": "list", "data": data, "model": served.name, "usage": usage})
+
+    return await run_in_threadpool(written)
+
+
+def _check_count(rows: int, name: str) -> None:
+    if rows > MAX_ROWS:
+        raise ApiError(400, f"{name}: {rows:,} are too many for one request; send at most {MAX_ROWS:,}", name)
 
 
 async def score(service: Service, request: Request) -> Response:
@@ -200,6 +212,7 @@ async def score(service: Service, request: Request) -> Response:
         message = "either messages or conversations is needed"
         raise ApiError(400, message, "messages", "missing_required_parameter")
     asked_about = asked.conversations or [asked.messages or []]
+    _check_count(len(asked_about), "conversations")
     rows = await run_in_threadpool(
         lambda: [judge.encode(plain_messages(messages), asked.tools) for messages in asked_about]
     )

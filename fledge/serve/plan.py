@@ -21,6 +21,8 @@ from fledge.tokenizer.bpe import Tokenizer
 from fledge.types import Grammar, SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16
+# Scores of prompts that an answer may hold, candidates counted each.
+MAX_ECHOED = 2**21
 ANY_OBJECT = {"type": "object"}
 
 
@@ -126,6 +128,9 @@ def _plan(
 ) -> Plan:  # fmt: skip
     names = [name if len(prompts) == 1 else f"{name}[{i}]" for i in range(len(prompts))]
     most = [room.answer(len(ids), asked, where) for ids, where in zip(prompts, names, strict=True)]
+    scores = sum(map(len, prompts)) * params.n * (1 + params.top_logprobs)
+    if params.echo and scores > MAX_ECHOED:
+        raise ApiError(400, f"{name}: the answer would echo {scores:,} scores; at most {MAX_ECHOED:,}", name)
     beams = _beams(request, params)
     if beams is not None:
         params = replace(params, temperature=params.temperature or 1.0)

@@ -12,7 +12,8 @@ from starlette.responses import Response, StreamingResponse
 
 from fledge.errors import UserError
 from fledge.serve.errors import ApiError
-from fledge.serve.visits import unless_gone, visit_of
+from fledge.serve.responses import DONE, NOT_KEPT, event
+from fledge.serve.visits import Visit, unless_gone, visit_of
 
 CONNECT_SECONDS = 10.0
 
@@ -52,11 +53,13 @@ class Relay:
             visit.ends.append(lambda: _close(answer))
             kind = answer.headers.get("content-type", "application/json")
             if kind.startswith("text/event-stream"):
-                return StreamingResponse(_pieces(answer, self.address), media_type=kind)
+                pieces = _pieces(answer, self.address, visit)
+                return StreamingResponse(pieces, answer.status_code, NOT_KEPT, kind)
             body = await unless_gone(request, answer.aread())
         except httpx2.HTTPError as error:
             raise _gone(self.address, error) from None
-        return Response(body, answer.status_code, media_type=kind)
+        again = answer.headers.get("retry-after")
+        return Response(body, answer.status_code, {"retry-after": again} if again else {}, kind)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -64,12 +67,14 @@ class Relay:
             await self._client.aclose()
 
 
-async def _pieces(answer: httpx2.Response, address: str) -> AsyncIterator[bytes]:
+async def _pieces(answer: httpx2.Response, address: str, visit: Visit) -> AsyncIterator[bytes]:
+    """What the endpoint streams; where it breaks off, an error ends the stream."""
     try:
         async for piece in answer.aiter_bytes():
             yield piece
     except httpx2.HTTPError as error:
-        raise _gone(address, error) from None
+        visit.status = 502
+        yield b"\n\n" + event(_gone(address, error).body()) + DONE
 
 
 def _gone(address: str, error: Exception) -> ApiError:

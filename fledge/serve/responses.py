@@ -54,6 +54,8 @@ def event(value: Any) -> bytes:
 
 
 DONE = b"data: [DONE]\n\n"
+# Headers of a stream.
+NOT_KEPT = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 def head(kind: str, prefix: str, model: str) -> dict[str, Any]:

@@ -144,29 +144,35 @@ class CallStream:
 
     def __init__(self) -> None:
         self._held = ""
+        self._tried = 0  # characters of it in which no closing mark closes the call
 
     def push(self, piece: str) -> tuple[str, list[dict[str, Any]]]:
         """The content and the calls that are certain now."""
         self._held += piece
         content, calls = "", list[dict[str, Any]]()
         while (start := _OPENING.search(self._held)) is not None:
-            content += self._held[: start.start()]
-            self._held = self._held[start.start() :]
+            if start.start():
+                content += self._held[: start.start()]
+                self._cut(start.start())
             if not start[0].endswith(BEGIN):
                 return content, calls  # perhaps the beginning of a mark
             # Until it is closed; a closing mark inside of an argument closes nothing.
             found: list[dict[str, Any]] = []
-            for close in re.finditer(re.escape(END), self._held):
+            for close in _CLOSING.finditer(self._held, self._tried):
                 rest, found = read_calls(self._held[: close.end()])
                 if found and not rest:
                     calls += found
-                    self._held = self._held[close.end() :]
+                    self._cut(close.end())
                     break
-                found = []
+                found, self._tried = [], close.end()
             if not found:
                 return content, calls
-        content, self._held = content + self._held, ""
+        content += self._held
+        self._cut(len(self._held))
         return content, calls
+
+    def _cut(self, characters: int) -> None:
+        self._held, self._tried = self._held[characters:], 0
 
     def finish(self) -> tuple[str, list[dict[str, Any]]]:
         """The rest: nothing more will be pushed."""
@@ -176,4 +182,5 @@ class CallStream:
 
 # A mark with the line break before it, or what may become one at the text's end.
 _BEGINNINGS = "|".join(re.escape(BEGIN[:n]) for n in range(len(BEGIN) - 1, 0, -1))
+_CLOSING = re.compile(re.escape(END))
 _OPENING = re.compile(rf"\n?{re.escape(BEGIN)}|\n?(?:{_BEGINNINGS})\Z|\n\Z")

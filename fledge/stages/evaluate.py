@@ -25,7 +25,7 @@ from fledge.engine.text import LocalChat, TextCompletion, complete_ids, load_eng
 from fledge.errors import UserError
 from fledge.evals.bits import bits_per_byte
 from fledge.evals.facts import Share, is_refusal, token_f1
-from fledge.evals.task_samples import CheckedTask, read_task, sample_task
+from fledge.evals.task_samples import CheckedTask, name_of, read_task, sample_task
 from fledge.files import new_directory, read_jsonl, read_text, write_json, write_text
 from fledge.model.ngram import is_ngram
 from fledge.report.evaluate import write_evaluation_report
@@ -169,8 +169,8 @@ def _check(config: Config) -> None:
                 f"{config.out}: holds no evaluation, so --overwrite leaves it; choose another --out"
             )
     for flag, paths in (("questions", config.questions), ("tasks", config.tasks)):
-        stems = [path.stem for path in paths]
-        if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
+        names = [name_of(path) for path in paths]
+        if twice := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"--{flag}: two files are called {twice!r}; results go by the name, rename one")
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -147,9 +148,9 @@ class Shards:
         state: dict[str, Any] = {}
         for name, value in optimizer_tensors(self.optimizers).items():
             state[name] = self._placed(value, self._shape_of(name)) if value.ndim else value
-        state_dict_saver.save(
-            state, storage_writer=HuggingFaceStorageWriter(str(directory), save_distributed=True)
-        )
+        writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
+        with _own_errors():
+            state_dict_saver.save(state, storage_writer=writer)
 
     def load_optimizers(self, directory: Path) -> None:
         """What so many or another number of ranks saved."""
@@ -160,7 +161,8 @@ class Shards:
                 continue
             local = torch.zeros(self._share_shape(size), device=self.local[0].device)
             state[name] = self._placed(local, size)
-        state_dict_loader.load(state, storage_reader=HuggingFaceStorageReader(str(directory)))
+        with _own_errors():
+            state_dict_loader.load(state, storage_reader=HuggingFaceStorageReader(str(directory)))
         found = {name: v.to_local() if isinstance(v, DTensor) else v for name, v in state.items()}
         load_optimizer_tensors(self.optimizers, found)
 
@@ -226,3 +228,13 @@ def _spread(model: nn.Module, mesh: Any) -> nn.Module:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return spread
+
+
+@contextmanager
+def _own_errors() -> Iterator[None]:
+    """What went wrong on the first rank that failed, as itself: the collected errors are no `Exception`."""
+    try:
+        yield
+    except CheckpointException as error:
+        first: BaseException = next(iter(error.failures.values()))[0]
+        raise first from error

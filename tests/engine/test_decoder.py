@@ -241,7 +241,9 @@ def test_products_with_rounded_weights(inputs: int, outputs: int) -> None:
         multiply = product([weight_OI], [bias_O], dtype)
         # int8 has one scale for an output, int4 one for 32 weights, at most twice the greatest wide.
         half_step_O1 = 2 * weight_OI.abs().amax(1, keepdim=True) / steps / 2
-        of_inputs_NI = x_NI.abs().amax(1, keepdim=True) / 254 if dtype == torch.int8 else x_NI.abs() * 2**-8
+        input_steps = 254 if torch.cpu._is_vnni_supported() else 126
+        largest_N1 = x_NI.abs().amax(1, keepdim=True)
+        of_inputs_NI = largest_N1 / input_steps if dtype == torch.int8 else x_NI.abs() * 2**-8
         bound_NO = x_NI.abs().sum(1, keepdim=True) * half_step_O1.T * 1.05
         bound_NO = bound_NO + (of_inputs_NI.expand_as(x_NI) @ (weight_OI.abs() + half_step_O1).T) * 1.05
         if dtype == torch.int4:  # offsets, scales and the result are bf16

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fledge.data.prompts import Prompt
 from fledge.engine.text import TextCompletion
 from fledge.errors import UserError
-from fledge.evals.task_samples import least_right, read_task, sample_task
+from fledge.evals.task_samples import least_right, name_of, read_task, sample_task
 from fledge.rewards.reward_model import Judge
 from fledge.rewards.verifiers import read_rewards
 from fledge.tokenizer.bpe import train_bpe
@@ -99,3 +99,18 @@ def test_ties_of_the_reward_model_go_to_the_first(task: Path) -> None:
         read_task(task, (), None, None), answers_by(texts), SamplingParams(n=2), judge  # type: ignore[arg-type]
     )  # fmt: skip
     assert found["curves"]["reward_model"][-1]["mean"] == 0.5
+
+
+def test_what_was_cut_off_is_never_right(task: Path) -> None:
+    """A reward may like it; the answer is not there."""
+    texts = {"p": ["x~", "y"], "q": ["x~", "y~"]}
+    found, _ = sample_task(
+        read_task(task, ["-1*regex:pattern=foo"], 0.0, None), answers_by(texts), SamplingParams(n=2), None  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert found["curves"]["verifier"][-1]["mean"] == 0.5
+
+
+def test_results_go_by_the_whole_name_of_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "v1.0").mkdir()
+    (tmp_path / "v1.0.jsonl").touch()
+    assert [name_of(tmp_path / name) for name in ("v1.0", "v1.0.jsonl")] == ["v1.0", "v1.0"]

@@ -68,6 +68,19 @@ def test_an_endpoint_that_ends(directory: Path) -> None:
         assert response.status_code == 502 and response.json()["error"]["code"] == "bad_gateway"
 
 
+def test_an_endpoint_that_breaks_off_in_mid_stream(pair: tuple[Serving, Serving]) -> None:
+    far, near = pair
+    body = {"prompt": "The", "model": "far", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    with near.client() as client, client.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        for connection in list(far.server.server_state.connections):
+            connection.loop.call_soon_threadsafe(connection.transport.abort)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]"
+    assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "bad_gateway"
+
+
 @pytest.mark.parametrize(("status", "text"), [(404, "{}"), (200, "no JSON"), (200, '{"data": 3}')])
 def test_what_is_no_endpoint(status: int, text: str) -> None:
     transport = httpx2.MockTransport(lambda request: httpx2.Response(status, text=text))

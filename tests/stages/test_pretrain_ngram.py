@@ -127,7 +127,10 @@ def test_what_has_no_meaning_is_said(
     html = str(tmp_path / "a.html")
     for command, message in (
         (["inspect", *model, "--prompt", "a", "--lens", "--html", html], "--lens has no meaning"),
-        (["generate", *model, "--prompt", "a", "--weights", "bf16"], "--weights has no meaning"),
+        (
+            ["generate", *model, "--prompt", "a", "--weights", "bf16"],
+            "--weights and --quantize have no meaning",
+        ),
         (["sft", *model, "--data", "a", "--out", out + "2"], "model_type 'ngram' is not supported"),
         (changed(flags, "--model-type", "qwen3", "--out", out + "2"), "--order goes with --model-type ngram"),
         (changed(flags, "--order", "0", "--out", out + "2"), "--order 0: must be at least 1"),
