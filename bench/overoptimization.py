@@ -161,13 +161,18 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/overoptimization"))
     options = parser.parse_args(argv)
     found = []
+    kept = options.out / "settings.json"
+    settings = {name: value for name, value in vars(options).items() if name not in ("seeds", "out")}
+    settings["demo"] = str(options.demo)
+    if kept.exists() and read_json(kept) != settings:
+        raise SystemExit(f"{options.out} has results of other settings; choose another --out")
+    write_json(kept, settings)
     for seed in options.seeds:
         saved = options.out / f"seed_{seed}" / "curves.json"
         if not saved.exists():
             write_json(saved, trial(options.demo, seed, saved.parent, options))
         found.append(read_json(saved))
     Console().print(table(found))
-    settings = {"rankings": options.rankings, "slips": options.slips, "beta": options.beta}
     print(write_overoptimization_report(options.out, found, settings))
 
 

@@ -15,7 +15,7 @@ from fledge.evals.facts import Share
 from fledge.evals.samples import Sampled, accuracy_curves
 from fledge.files import read_json
 from fledge.rewards.reward_model import Judge
-from fledge.rewards.verifiers import VERIFIERS, Reward, read_rewards, weighted_sum
+from fledge.rewards.verifiers import Reward, highest, read_rewards, weighted_sum
 from fledge.rewards.votes import ballot
 from fledge.types import Rollout, SamplingParams
 
@@ -60,13 +60,11 @@ def read_task(path: Path, specs: Sequence[str], right_from: float | None, limit:
 def least_right(rewards: Sequence[Reward], asked: float | None) -> float:
     """The reward from which an answer is right: by default the most that verifiers give. Raises UserError
     where there is a function, whose highest reward nobody knows."""
-    if asked is not None:
-        return asked - 1e-9
-    if unknown := [one.name for one in rewards if one.name.partition(":")[0] not in VERIFIERS]:
-        raise UserError(
-            f"--reward {unknown[0]}: say with --right-from from which reward on an answer is right"
-        )
-    return sum(max(one.weight, 0.0) for one in rewards) - 1e-9  # a verifier gives 0 to 1
+    most = highest(rewards) if asked is None else asked
+    if most is None:
+        names = ", ".join(one.name for one in rewards)
+        raise UserError(f"--reward {names}: say with --right-from from which reward on an answer is right")
+    return most - 1e-9
 
 
 def sample_task(

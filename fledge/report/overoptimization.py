@@ -15,7 +15,7 @@ METHODS = {"best_of_n": ("best of n", "line-1", "o"), "ppo": ("PPO", "line-2", "
 TITLES = {
     "score": (
         "Reward model\N{RIGHT SINGLE QUOTATION MARK}s score",
-        "in nats, as the reward model gives them; a line for each seed",
+        "in nats; in PPO an answer that was cut off counts -5; a line for each seed",
     ),
     "gold": (
         "Gold score",

@@ -125,6 +125,13 @@ def read_rewards(specs: Sequence[str]) -> list[Reward]:
     return [read_reward(spec) for spec in specs]
 
 
+def highest(rewards: Sequence[Reward]) -> float | None:
+    """The most that all together can give, 1 for each verifier; None where a function is among them."""
+    if not all(one.name.partition(":")[0] in VERIFIERS for one in rewards):
+        return None
+    return sum(max(one.weight, 0.0) for one in rewards)
+
+
 def weighted_sum(rewards: Sequence[Reward]) -> RewardFunction:
     """One reward function of several."""
 

@@ -16,7 +16,7 @@ from fledge.engine.text import LocalChat, load_engine
 from fledge.errors import UserError
 from fledge.evals.facts import Share
 from fledge.files import read_jsonl, write_json
-from fledge.rewards.verifiers import VERIFIERS, Reward, read_rewards, verifier, weighted_sum
+from fledge.rewards.verifiers import Reward, highest, read_rewards, verifier, weighted_sum
 from fledge.tasks.addition import addition_task
 from fledge.tasks.countdown import MIN_TARGET, countdown_task
 from fledge.tasks.files import Task, write_task
@@ -191,11 +191,8 @@ def check(config: CheckConfig) -> None:
 
 def _right_from(config: CheckConfig, rewards: Sequence[Reward]) -> float | None:
     """The reward from which a completion is right; None where a function's highest is not known."""
-    if config.right_from is not None:
-        return config.right_from - 1e-9
-    if not all(reward.name.partition(":")[0] in VERIFIERS for reward in rewards):
-        return None
-    return sum(max(reward.weight, 0.0) for reward in rewards) - 1e-9  # a verifier gives 0 to 1
+    most = highest(rewards) if config.right_from is None else config.right_from
+    return None if most is None else most - 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
