@@ -86,7 +86,7 @@ def text_choice(
     request: CompletionRequest, texts: TokenTexts, index: int, prompt: Prompt, made: Made
 ) -> dict[str, Any]:
     """A choice of `/v1/completions`."""
-    text, tokens, offset = made.text, list[Token | int](made.scored), 0
+    text, tokens = made.text, list[Token | int](made.scored)
     if request.echo:
         text = texts.tokenizer.decode(prompt.ids, skip_special=True) + text
         tokens = [prompt.ids[0], *prompt.echoed, *tokens]
@@ -94,7 +94,7 @@ def text_choice(
         "index": index, "text": text, "finish_reason": made.finish_reason, "logprobs": None,
     }  # fmt: skip
     if request.logprobs is not None:
-        choice["logprobs"] = text_logprobs(texts, tokens, request.logprobs, offset)
+        choice["logprobs"] = text_logprobs(texts, tokens, request.logprobs)
     if request.prompt_logprobs is not None:
         choice["prompt_logprobs"] = prompt_logprobs(texts, prompt.ids, prompt.echoed, request.prompt_logprobs)
     if request.return_token_ids:

@@ -8,7 +8,7 @@ from typing import Any
 from fledge.serve.openai import ChatRequest, CompletionRequest, Sampling
 from fledge.serve.plan import Plan
 from fledge.serve.responses import DONE, Made, chat_reason, event, head, usage
-from fledge.serve.tokens import TokenTexts, chat_logprobs, prompt_logprobs, text_logprobs
+from fledge.serve.tokens import Place, TokenTexts, chat_logprobs, prompt_logprobs, text_logprobs
 from fledge.serve.tools import CallStream
 from fledge.serve.worker import Step
 from fledge.types import Token
@@ -44,7 +44,7 @@ class TextChunks:
     ) -> None:  # fmt: skip
         self._asked, self._texts, self._plan, self._echoed = asked, texts, plan, echoed
         self._head = _Head(asked, "text_completion", "cmpl", model, plan)
-        self._offsets: dict[int, int] = {}  # characters that each choice has so far
+        self._places: dict[int, Place] = {}  # of each choice, behind the tokens so far
 
     def steps(self, steps: Sequence[Step]) -> Iterator[bytes]:
         """The chunks of some steps."""
@@ -57,13 +57,13 @@ class TextChunks:
 
     def _choice(self, step: Step) -> dict[str, Any]:
         asked, prompt = self._asked, self._plan.prompts[step.place // self._plan.made]
-        made, begins, offset = Made(), step.place not in self._offsets, self._offsets.get(step.place, 0)
+        made, begins = Made(), step.place not in self._places
+        place = self._places.setdefault(step.place, Place())
         made.add(step)
         text, tokens = step.text, list[Token | int](made.scored)
         if begins and asked.echo:
             text = self._texts.tokenizer.decode(prompt, skip_special=True) + text
             tokens = [prompt[0], *self._echoed[step.place // self._plan.made], *tokens]
-        self._offsets[step.place] = offset + len(text)
         reason = made.finish_reason if step.end is not None else None
         choice: dict[str, Any] = {
             "index": step.place,
@@ -72,7 +72,7 @@ class TextChunks:
             "logprobs": None,
         }
         if asked.logprobs is not None and tokens:
-            choice["logprobs"] = text_logprobs(self._texts, tokens, asked.logprobs, offset)
+            choice["logprobs"] = text_logprobs(self._texts, tokens, asked.logprobs, place)
         if begins and asked.prompt_logprobs is not None:
             echoed = self._echoed[step.place // self._plan.made]
             choice["prompt_logprobs"] = prompt_logprobs(self._texts, prompt, echoed, asked.prompt_logprobs)

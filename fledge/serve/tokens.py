@@ -59,16 +59,27 @@ def chat_logprobs(texts: TokenTexts, tokens: Sequence[Token], top: int) -> dict[
     return {"content": content, "refusal": None}
 
 
+class Place:
+    """How many characters the tokens so far have, a half one not counted."""
+
+    def __init__(self) -> None:
+        self.characters = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, shown: bytes) -> int:
+        """One token more; where it begins."""
+        begin = self.characters
+        self.characters += len(self._decoder.decode(shown))
+        return begin
+
+
 def text_logprobs(
-    texts: TokenTexts, tokens: Sequence[Token | int], top: int, offset: int = 0
+    texts: TokenTexts, tokens: Sequence[Token | int], top: int, place: Place | None = None
 ) -> dict[str, Any]:
     """`logprobs` of a text's choice; an id stands for a token without a log-probability (the prompt's first).
-    `offset`: characters of text before the first token."""
-    offsets: list[int] = []
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(decoder.decode(texts.shown(token if isinstance(token, int) else token.id)))
+    `place`: behind the tokens before, and moved on."""
+    place = place or Place()
+    offsets = [place.add(texts.shown(token if isinstance(token, int) else token.id)) for token in tokens]
     return {
         "tokens": [texts.name(token if isinstance(token, int) else token.id) for token in tokens],
         "token_logprobs": [None if isinstance(t, int) else max(t.logp, LOWEST) for t in tokens],

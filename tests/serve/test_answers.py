@@ -246,6 +246,17 @@ def test_stop_strings_end_a_text_before_them(server: Serving) -> None:
     assert "".join(chunk["choices"][0]["text"] for chunk in got) == choice["text"]
 
 
+def test_offsets_of_a_stream_that_holds_text_back(server: Serving) -> None:
+    """What may become a stop string waits, and its tokens with it."""
+    body = {"prompt": "The", "temperature": 0, "max_tokens": 30, "ignore_eos": True, "logprobs": 1}
+    text = good(server, "/v1/completions", body)["choices"][0]["text"]
+    body["stop"] = [one + "\u0007" for one in text[2:5]]
+    (choice,) = good(server, "/v1/completions", body)["choices"]
+    got = [chunk["choices"][0]["logprobs"] for chunk in chunks(server, "/v1/completions", body)]
+    offsets = [offset for one in got if one for offset in one["text_offset"]]
+    assert offsets == choice["logprobs"]["text_offset"]
+
+
 def test_continuing_the_final_message(server: Serving) -> None:
     body = {"messages": ASK, "temperature": 0, "max_tokens": 12, "return_token_ids": True}
     (whole,) = good(server, "/v1/chat/completions", body)["choices"]
