@@ -82,10 +82,10 @@ class Service:
         visit = visit_of(request)
         self.take(visit, served, plan.count)
         visit.model, visit.prompt_tokens = served.name, sum(map(len, plan.prompts))
-        loop = asyncio.get_running_loop()
-        run = await run_in_threadpool(served.worker.submit, plan.prompts, plan.params, loop, streamed)
-        visit.ends.append(run.cancel)
+        run = Run(asyncio.get_running_loop(), streamed)
         visit.ends.append(served.worker.wake)
+        visit.ends.append(run.cancel)  # also while it is handed over
+        await run_in_threadpool(served.worker.submit, run, plan.prompts, plan.params)
         return run
 
     async def whole(

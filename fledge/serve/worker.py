@@ -119,19 +119,12 @@ class Worker:
         """Completions that are being made."""
         return len(self.scheduler.running) if self.scheduler is not None else 0
 
-    def submit(
-        self,
-        prompts: Sequence[list[int]],
-        params: Sequence[SamplingParams],
-        loop: asyncio.AbstractEventLoop,
-        streamed: bool,
-    ) -> Run:
-        """Hand over `params[i].n` completions of each prompt i. From any thread. Raises UserError for what
-        can never be made."""
+    def submit(self, run: Run, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> None:
+        """Hand over `params[i].n` completions of each prompt i. From any thread; the run may be cancelled
+        meanwhile. Raises UserError for what can never be made."""
         assert self.scheduler is not None
         if self._closing or self._failure is not None:
             raise stopping()
-        run = Run(loop, streamed)
         try:
             for number, (prompt, settings) in enumerate(zip(prompts, params, strict=True)):
                 texts = [self._stream_of(settings) for _ in range(settings.n)]
@@ -146,9 +139,10 @@ class Worker:
             run.cancel()
             self._wake.set()
             raise
+        if run.cancelled:  # before all of it was there
+            run.cancel()
         self._arrived.append(run)
         self._wake.set()
-        return run
 
     async def call(self, function: Callable[[], T]) -> T:
         """What a function gives that needs the model for itself; made between two steps."""
