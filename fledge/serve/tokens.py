@@ -46,10 +46,10 @@ class TokenTexts:
 
 
 def chat_logprobs(texts: TokenTexts, tokens: Sequence[Token], top: int) -> dict[str, Any]:
-    """`logprobs` of a chat's choice."""
+    """`logprobs` of a chat's choice. A token that only steers, as the one that ended it, has no bytes."""
 
     def entry(token_id: int, logp: float) -> dict[str, Any]:
-        raw = list(texts.raw(token_id))
+        raw = None if token_id in texts.tokenizer.control_ids else list(texts.raw(token_id))
         return {"token": texts.name(token_id), "logprob": max(logp, LOWEST), "bytes": raw}
 
     content = [

@@ -192,7 +192,7 @@ def test_chat_is_what_the_engine_makes(server: Serving, engine: Engine, tokenize
         assert [one["logprob"] for one in entry["top_logprobs"]] == pytest.approx(
             [logp for _, logp in top], abs=1e-5
         )
-    joined = b"".join(bytes(entry["bytes"]) for entry in choice["logprobs"]["content"])
+    joined = b"".join(bytes(entry["bytes"] or []) for entry in choice["logprobs"]["content"])
     assert joined == b"".join(tokenizer.token_bytes(token_id) for token_id in expected.ids)
     # Parts, the newer role and the newer limit mean the same.
     parts = [

@@ -350,6 +350,7 @@ def test_what_the_tab_holds_may_be_broken(visit: Any) -> None:
             page.evaluate(keep, kept)
             page.reload()
             page.wait_for_selector("#welcome:visible")
+        page.wait_for_selector("html[data-ready]")
         say(page, "hello")
         assert answers(page) == [ANSWER]
 

@@ -65,7 +65,7 @@ def logprobs() -> Any:
     )["tokens"][0]
     biased = ask(model=MODEL, messages=HELLO, temperature=0, max_tokens=1, logit_bias={str(token_id): -100})
     return {
-        "bytes": bytes(byte for token in tokens for byte in token.bytes).decode(),
+        "bytes": bytes(byte for token in tokens for byte in token.bytes or []).decode(),
         "best": [token.logprob == token.top_logprobs[0].logprob for token in tokens],
         "tops": [len(token.top_logprobs) for token in tokens],
         "biased": biased.choices[0].message.content,
