@@ -43,16 +43,10 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def vote_value(votes: Sequence[str | None], right: Sequence[bool]) -> float:
-    """The chance that the answer with the most votes is right (self-consistency, Wang et al. 2023). A tie is
-    decided by lot: nobody asks which of the answers is right. 0 if none gives an answer."""
-    kinds = {vote: number for number, vote in enumerate(dict.fromkeys(v for v in votes if v is not None))}
-    codes = np.array([[len(kinds) if vote is None else kinds[vote] for vote in votes]])
-    return float(_votes(codes, np.array([right], dtype=np.float64), len(kinds))[0])
-
-
 def vote_at_k(one: Sampled, k: int, random: np.random.Generator) -> float:
-    """The mean of `vote_value` over choices of k of a problem's answers: all, or `DRAWS` drawn ones."""
+    """The chance that the answer with the most votes is right (self-consistency, Wang et al. 2023), as a mean
+    over choices of k of a problem's answers: all, or `DRAWS` drawn ones. A tie is decided by lot: nobody asks
+    which of the answers is right. 0 if none gives an answer."""
     n = len(one.right)
     kinds = {vote: number for number, vote in enumerate(dict.fromkeys(v for v in one.votes if v is not None))}
     codes_N = np.array([len(kinds) if vote is None else kinds[vote] for vote in one.votes])
@@ -65,7 +59,7 @@ def vote_at_k(one: Sampled, k: int, random: np.random.Generator) -> float:
 
 
 def _votes(codes_DK: NDArray[Any], right_DK: NDArray[Any], kinds: int) -> NDArray[np.float64]:
-    """`vote_value` of D elections of K votes, each a number below `kinds`, or `kinds` for none."""
+    """The outcomes of D elections of K votes, each a number below `kinds`, or `kinds` for none."""
     is_for = codes_DK[:, None, :] == np.arange(kinds)[None, :, None]  # (D, kinds, K)
     counts = is_for.sum(2)
     worth = (is_for * right_DK[:, None, :]).sum(2) / np.maximum(counts, 1)

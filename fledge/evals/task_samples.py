@@ -14,6 +14,7 @@ from fledge.errors import UserError
 from fledge.evals.facts import Share
 from fledge.evals.samples import Sampled, accuracy_curves
 from fledge.files import read_json
+from fledge.rewards.best_of import reply_rewards
 from fledge.rewards.reward_model import Judge
 from fledge.rewards.verifiers import Reward, highest, read_rewards, weighted_sum
 from fledge.rewards.votes import ballot
@@ -76,7 +77,8 @@ def sample_task(
     greedily_right = _right(task, greedy, 1)
     made = ask(task.problems, params)
     right, vote = _right(task, made, params.n), ballot(task.specs)
-    rewards = None if judge is None else _judged(judge, task.problems, made, params.n)
+    asked = [problem.messages for problem in task.problems]
+    rewards = None if judge is None else reply_rewards(judge, asked, made, params.n, finished_only=True)
     sampled, rows = [], []
     for i, problem in enumerate(task.problems):
         span = slice(i * params.n, (i + 1) * params.n)
@@ -125,19 +127,6 @@ def _right(task: CheckedTask, made: Sequence[TextCompletion], n: int) -> list[bo
     ]  # fmt: skip
     rewards = weighted_sum(task.rewards)(rollouts)
     return [one.ended and reward >= task.right_from for one, reward in zip(rollouts, rewards, strict=True)]
-
-
-def _judged(judge: Judge, problems: Sequence[Prompt], made: Sequence[TextCompletion], n: int) -> list[float]:
-    """Rewards of the model; -inf for what was cut off, or is longer than it can read."""
-    rewards, rows = [-math.inf] * len(made), {}
-    for i, reply in enumerate(made):
-        if _ended(reply):
-            ids = judge.encode([*problems[i // n].messages, {"role": "assistant", "content": reply.text}])
-            if len(ids) <= judge.max_tokens:
-                rows[i] = ids
-    for i, reward in zip(rows, judge.score_ids(list(rows.values())), strict=True):
-        rewards[i] = reward
-    return rewards
 
 
 def _row(

@@ -54,6 +54,27 @@ def pick_best(completions: Sequence[T], rewards: Sequence[float]) -> Best[T]:
     return Best(completions[place], place, list(rewards))
 
 
+def reply_rewards(
+    judge: Judge,
+    conversations: Sequence[Sequence[Message]],
+    replies: Sequence[TextCompletion],
+    n: int,
+    finished_only: bool,
+) -> list[float]:
+    """The rewards of `n` replies to each conversation; -inf for one that does not fit into the reward model's
+    context, and with `finished_only` for one that was cut off."""
+    rewards, rows = [-math.inf] * len(replies), {}
+    for i, reply in enumerate(replies):
+        if finished_only and reply.finish_reason != "stop":
+            continue
+        ids = judge.encode([*conversations[i // n], {"role": "assistant", "content": reply.text}])
+        if len(ids) <= judge.max_tokens:
+            rows[i] = ids
+    for i, reward in zip(rows, judge.score_ids(list(rows.values())), strict=True):
+        rewards[i] = reward
+    return rewards
+
+
 def best_replies(
     chat: LocalChat,
     judge: Judge,
@@ -72,16 +93,7 @@ def best_replies(
     if n < 1:
         raise UserError(f"--best-of {n}: must be at least 1")
     replies = chat.replies(conversations, replace(params, n=n))
-    rewards = [-math.inf] * len(replies)
-    rows = {}
-    for i, reply in enumerate(replies):
-        if finished_only and reply.finish_reason != "stop":
-            continue
-        ids = judge.encode([*conversations[i // n], {"role": "assistant", "content": reply.text}])
-        if len(ids) <= judge.max_tokens:
-            rows[i] = ids
-    for i, reward in zip(rows, judge.score_ids(list(rows.values())), strict=True):
-        rewards[i] = reward
+    rewards = reply_rewards(judge, conversations, replies, n, finished_only)
     spans = (slice(first, first + n) for first in range(0, len(replies), n))
     return [pick_best(replies[span], rewards[span]) for span in spans]
 

@@ -71,12 +71,8 @@ def verifier(spec: str) -> Verifier:
         raise UserError(
             f"reward {spec!r}: unknown verifier {name!r}; the nearest is {nearest(name, VERIFIERS)!r}"
         )
-    make = VERIFIERS[name]
-    hints = {**get_type_hints(make), **get_type_hints(Part)}
-    hints = {key: hints[key] for key in [*inspect.signature(make).parameters, "after", "last_line"]}
-    values = {key: _typed(spec, key, value, hints) for key, value in _settings(spec, written, hints)}
-    part = Part(**{key: values.pop(key) for key in ("after", "last_line") if key in values})
-    verify = make(**values)
+    part, values = _read_settings(spec, name, written)
+    verify = VERIFIERS[name](**values)
 
     def verify_part(text: str, row: Row) -> float:
         looked_at = part.of(text)
@@ -84,6 +80,21 @@ def verifier(spec: str) -> Verifier:
         return 0.0 if looked_at is None else reward
 
     return verify_part
+
+
+def part_of(spec: str) -> Part:
+    """The part of a completion that a verifier looks at, from its spec without a weight."""
+    name, _, written = spec.partition(":")
+    return _read_settings(spec, name, written)[0]
+
+
+def _read_settings(spec: str, name: str, written: str) -> tuple[Part, dict[str, Any]]:
+    """The part that is looked at, and the verifier's own settings."""
+    make = VERIFIERS[name]
+    hints = {**get_type_hints(make), **get_type_hints(Part)}
+    hints = {key: hints[key] for key in [*inspect.signature(make).parameters, "after", "last_line"]}
+    values = {key: _typed(spec, key, value, hints) for key, value in _settings(spec, written, hints)}
+    return Part(**{key: values.pop(key) for key in ("after", "last_line") if key in values}), values
 
 
 def rewards_of(verify: Verifier, rollouts: list[Rollout]) -> list[float]:

@@ -6,13 +6,11 @@ here sees a row: what is right plays no part in it.
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Callable, Sequence
 
 from fledge.rewards.matching import normalise
 from fledge.rewards.numbers import numbers_in
-from fledge.rewards.verifiers import VERIFIERS, Part, split_weight
+from fledge.rewards.verifiers import VERIFIERS, Part, part_of, split_weight
 
 Ballot = Callable[[str], str | None]
 
@@ -24,8 +22,9 @@ def ballot(specs: Sequence[str]) -> Ballot:
     at (`after`, `last_line`), without needless white space; for `normalised` its normalised form, for
     `number` its last number. Without a verifier, the whole text.
     """
-    bare = next((split_weight(spec)[1] for spec in specs if _name(split_weight(spec)[1]) in VERIFIERS), "")
-    name, part = _name(bare), _part(bare)
+    own = (split_weight(spec)[1] for spec in specs)
+    bare = next((one for one in own if _name(one) in VERIFIERS), "")
+    name, part = _name(bare), part_of(bare) if bare else Part()
 
     def answer(text: str) -> str | None:
         looked_at = part.of(text) or ""
@@ -39,12 +38,3 @@ def ballot(specs: Sequence[str]) -> Ballot:
 
 def _name(bare: str) -> str:
     return bare.partition(":")[0]
-
-
-def _part(bare: str) -> Part:
-    """The settings `after` and `last_line` of a spec."""
-    name, _, written = bare.partition(":")
-    settings = [*inspect.signature(VERIFIERS[name]).parameters] if name in VERIFIERS else []
-    known = "|".join([*settings, "after", "last_line"])
-    found = dict(item.split("=", 1) for item in re.split(rf",(?=(?:{known})=)", written) if "=" in item)
-    return Part(after=found.get("after"), last_line=found.get("last_line") == "true")

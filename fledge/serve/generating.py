@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
 from starlette.concurrency import run_in_threadpool
@@ -12,17 +12,20 @@ from starlette.responses import Response, StreamingResponse
 from fledge.errors import UserError
 from fledge.serve import responses as say
 from fledge.serve.errors import ApiError
-from fledge.serve.models import Served
-from fledge.serve.openai import ChatRequest, CompletionRequest, Fields, ignored_fields, read_request
-from fledge.serve.plan import Plan, best_first, plan_chat, plan_completion
+from fledge.serve.openai import ChatRequest, CompletionRequest, Fields, Sampling, ignored_fields, read_request
+from fledge.serve.plan import Plan, Room, best_first, plan_chat, plan_completion
 from fledge.serve.responses import Made, Prompt
 from fledge.serve.service import Service, told
 from fledge.serve.streams import ChatChunks, TextChunks
 from fledge.serve.tokens import TokenTexts, prompt_logprobs
 from fledge.serve.visits import Visit, unless_gone, visit_of
 from fledge.serve.worker import Run, Step
+from fledge.tokenizer.bpe import Tokenizer
+from fledge.types import Token
 
 R = TypeVar("R", bound=Fields)
+S = TypeVar("S", bound=Sampling)
+Chunks = TextChunks | ChatChunks
 EVENTS = "text/event-stream"
 
 
@@ -41,40 +44,45 @@ def answer(value: Any) -> Response:
 
 async def completions(service: Service, request: Request) -> Response:
     """Continue texts."""
-    asked = await read(request, CompletionRequest)
-    if (relay := service.relay_of(asked.model)) is not None:
-        return await relay.pass_on(request)
-    served = service.writer(asked.model)
-    plan = await run_in_threadpool(plan_completion, asked, served.tokenizer, served.room)
-    if asked.stream:
-        run = await service.begin(request, served, plan, True)
-        first = await _first(request, run)
-        texts = TokenTexts(served.tokenizer, bool(asked.return_tokens_as_token_ids))
-        return _streamed(first, TextChunks(asked, texts, served.name, plan, run.echoed), visit_of(request))
-    made, echoed = await service.whole(request, served, plan)
-    return await run_in_threadpool(lambda: answer(_text_answer(asked, served, plan, made, echoed)))
+    return await _generate(service, request, CompletionRequest, plan_completion, TextChunks, _text_answer)
 
 
 async def chat_completions(service: Service, request: Request) -> Response:
     """Answer a conversation."""
-    asked = await read(request, ChatRequest)
+    return await _generate(service, request, ChatRequest, plan_chat, ChatChunks, _chat_answer)
+
+
+async def _generate(
+    service: Service,
+    request: Request,
+    kind: type[S],
+    plan_of: Callable[[S, Tokenizer, Room], Plan],
+    chunks_of: Callable[[S, TokenTexts, str, Plan, list[list[Token]]], Chunks],
+    answer_of: Callable[[S, TokenTexts, str, Plan, list[Made], list[list[Token]]], dict[str, Any]],
+) -> Response:
+    """Read a request, have it made, and give it as a stream of `chunks_of` or whole as of `answer_of`."""
+    asked = await read(request, kind)
     if (relay := service.relay_of(asked.model)) is not None:
         return await relay.pass_on(request)
     served = service.writer(asked.model)
-    plan = await run_in_threadpool(plan_chat, asked, served.tokenizer, served.room)
+    plan = await run_in_threadpool(plan_of, asked, served.tokenizer, served.room)
+    texts = TokenTexts(served.tokenizer, bool(asked.return_tokens_as_token_ids))
     if asked.stream:
         run = await service.begin(request, served, plan, True)
         first = await _first(request, run)
-        texts = TokenTexts(served.tokenizer, bool(asked.return_tokens_as_token_ids))
-        return _streamed(first, ChatChunks(asked, texts, served.name, plan, run.echoed), visit_of(request))
+        return _streamed(first, chunks_of(asked, texts, served.name, plan, run.echoed), visit_of(request))
     made, echoed = await service.whole(request, served, plan)
-    return await run_in_threadpool(lambda: answer(_chat_answer(asked, served, plan, made, echoed)))
+    return await run_in_threadpool(lambda: answer(answer_of(asked, texts, served.name, plan, made, echoed)))
 
 
 def _text_answer(
-    asked: CompletionRequest, served: Served, plan: Plan, made: list[Made], echoed: list[Any]
+    asked: CompletionRequest,
+    texts: TokenTexts,
+    model: str,
+    plan: Plan,
+    made: list[Made],
+    echoed: list[list[Token]],
 ) -> dict[str, Any]:
-    texts = TokenTexts(served.tokenizer, bool(asked.return_tokens_as_token_ids))
     choices: list[dict[str, Any]] = []
     for i, ids in enumerate(plan.prompts):
         own = made[i * plan.made : (i + 1) * plan.made]
@@ -83,17 +91,16 @@ def _text_answer(
             own = [own[place] for place in order[: plan.n]]
         for one in own:
             choices.append(say.text_choice(asked, texts, len(choices), Prompt(ids, echoed[i]), one))
-    head = say.head("text_completion", "cmpl", served.name)
+    head = say.head("text_completion", "cmpl", model)
     return {**head, "choices": choices, "usage": _usage(plan, made)}
 
 
 def _chat_answer(
-    asked: ChatRequest, served: Served, plan: Plan, made: list[Made], echoed: list[Any]
+    asked: ChatRequest, texts: TokenTexts, model: str, plan: Plan, made: list[Made], echoed: list[list[Token]]
 ) -> dict[str, Any]:
-    texts = TokenTexts(served.tokenizer, bool(asked.return_tokens_as_token_ids))
     with_tools = plan.choice is not None and plan.choice.mode != "none"
     choices = [say.chat_choice(asked, texts, i, one, with_tools) for i, one in enumerate(made)]
-    head = say.head("chat.completion", "chatcmpl", served.name)
+    head = say.head("chat.completion", "chatcmpl", model)
     whole = {**head, "choices": choices, "usage": _usage(plan, made)}
     if asked.prompt_logprobs is not None:
         whole["prompt_logprobs"] = prompt_logprobs(texts, plan.prompts[0], echoed[0], asked.prompt_logprobs)
@@ -120,7 +127,7 @@ async def _first(request: Request, run: Run) -> AsyncIterator[list[Step]]:
     return all_steps()
 
 
-def _streamed(steps: AsyncIterator[list[Step]], chunks: TextChunks | ChatChunks, visit: Visit) -> Response:
+def _streamed(steps: AsyncIterator[list[Step]], chunks: Chunks, visit: Visit) -> Response:
     """Events made of steps; an error ends them."""
 
     async def events() -> AsyncIterator[bytes]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from starlette.concurrency import run_in_threadpool
@@ -33,6 +33,8 @@ from fledge.serve.service import Service
 from fledge.serve.tokens import TokenTexts
 from fledge.serve.visits import unless_gone, visit_of
 from fledge.tokenizer.bpe import Tokenizer
+
+T = TypeVar("T")
 
 # Padded tokens that are read between two steps of those who stream.
 PIECE_TOKENS = 4096
@@ -171,17 +173,8 @@ async def embeddings(service: Service, request: Request) -> Response:
         raise ApiError(400, f"dimensions: this model's embeddings have {width}; leave it out", "dimensions")
     rows = await run_in_threadpool(prompt_ids, given, served.tokenizer)
     _check_count(len(rows), "input")
-    _check_lengths(rows, served)
-    visit = visit_of(request)
-    service.take(visit, served, 1)
-    visit.model, visit.prompt_tokens = served.name, sum(map(len, rows))
-    found: dict[int, list[float]] = {}
-    for part in _pieces(rows):
-        work = partial(embed, engine, [rows[i] for i in part])
-        vectors = await unless_gone(request, served.worker.call(work))
-        found.update(zip(part, vectors, strict=True))
+    found, usage = await _read_rows(service, request, served, rows, partial(embed, engine))
     as_text = asked.encoding_format == "base64"
-    usage = {"prompt_tokens": visit.prompt_tokens, "total_tokens": visit.prompt_tokens}
 
     def written() -> Response:
         data = [
@@ -216,18 +209,28 @@ async def score(service: Service, request: Request) -> Response:
     rows = await run_in_threadpool(
         lambda: [judge.encode(plain_messages(messages), asked.tools) for messages in asked_about]
     )
+    found, usage = await _read_rows(service, request, served, rows, judge.score_ids)
+    data = [{"index": i, "object": "score", "score": found[i]} for i in range(len(rows))]
+    return answer({**head("list", "score", served.name), "data": data, "usage": usage})
+
+
+async def _read_rows(
+    service: Service,
+    request: Request,
+    served: Served,
+    rows: list[list[int]],
+    read_part: Callable[[list[list[int]]], Sequence[T]],
+) -> tuple[dict[int, T], dict[str, int]]:
+    """What the model makes of each row, by its number, with others let on in between; and the usage."""
     _check_lengths(rows, served)
     visit = visit_of(request)
     service.take(visit, served, 1)
     visit.model, visit.prompt_tokens = served.name, sum(map(len, rows))
-    found: dict[int, float] = {}
+    found: dict[int, T] = {}
     for part in _pieces(rows):
-        work = partial(judge.score_ids, [rows[i] for i in part])
-        rewards = await unless_gone(request, served.worker.call(work))
-        found.update(zip(part, rewards, strict=True))
-    data = [{"index": i, "object": "score", "score": found[i]} for i in range(len(rows))]
-    usage = {"prompt_tokens": visit.prompt_tokens, "total_tokens": visit.prompt_tokens}
-    return answer({**head("list", "score", served.name), "data": data, "usage": usage})
+        work = partial(read_part, [rows[i] for i in part])
+        found.update(zip(part, await unless_gone(request, served.worker.call(work)), strict=True))
+    return found, {"prompt_tokens": visit.prompt_tokens, "total_tokens": visit.prompt_tokens}
 
 
 def _check_lengths(rows: Sequence[Sequence[int]], served: Served) -> None:

@@ -11,34 +11,16 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
-from fledge.errors import UserError
 from fledge.serve.errors import stopping
 from fledge.serve.service import Service
 
 # Connections on which no request is under way for as long are closed; uvicorn does so with those that have
 # had an answer, and here those that never send a whole request.
 IDLE_SECONDS = 60.0
+# Connections that wait to be taken.
+BACKLOG = 1024
 # What a closed connection has to take what was sent.
 CLOSING_SECONDS = 5.0
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that waits for clients; UserError when the port is taken or the address is none."""
-    try:
-        return socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024
-        )
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"--host {host} --port {port}: cannot listen there: {reason}") from None
-
-
-def address_of(listening: socket.socket) -> str:
-    """The server's address for a browser on this machine."""
-    host, port = listening.getsockname()[:2]
-    if host in ("0.0.0.0", "::"):
-        host = "localhost"
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def new_server(app: ASGIApp, stop_seconds: float, idle_seconds: float = IDLE_SECONDS) -> uvicorn.Server:

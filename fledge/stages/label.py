@@ -20,11 +20,12 @@ from fledge.feedback.forms import ProjectSettings
 from fledge.feedback.opening import changed_settings, existing, find_project
 from fledge.feedback.prepare import Preparation, Row, Writer, add_prompts, judge_rule, read_prompts
 from fledge.feedback.records import Project
-from fledge.feedback.serving import listen, serve
+from fledge.feedback.serving import serve
 from fledge.feedback.simulate import RULES, Rule, find_rule, prefill_by_rule, simulate
 from fledge.feedback.store import Store, add_project, list_projects, waiting_items
 from fledge.files import read_text
 from fledge.types import SamplingParams
+from fledge.web.listening import listen
 
 STORE = "runs/label/labels.db"
 LEFT_OUT_SHOWN = 5

@@ -291,7 +291,7 @@ def _check_memory(
         row_tokens=config.row_tokens,
         optimizer=config.optimizer,
         compute_dtype=fit_config.compute_dtype,
-        compiled=fit_config.compile and ranks.count == 1,  # as `fit` does
+        compiled=fit_config.compile,
         checkpointed=config.checkpoint_activations,
         segments=config.isolate_documents or config.packing == "best-fit",
         accumulates=config.micro_batch_tokens < batch_tokens,

@@ -19,8 +19,9 @@ from fledge.serve.guard import Limits
 from fledge.serve.keys import Doorkeeper, is_loopback, read_keys
 from fledge.serve.models import Served, load_served, named_directories
 from fledge.serve.relay import Relay
-from fledge.serve.running import address_of, listen, new_server, run
+from fledge.serve.running import BACKLOG, new_server, run
 from fledge.serve.service import Service
+from fledge.web.listening import address_of, listen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +92,7 @@ def main(config: Config) -> None:
         if both := sorted(set(directories) & set(relay.models)):
             raise UserError(f"--model: {both[0]!r} is also a model of the endpoint; write NAME=DIR")
     keep_freed_memory()
-    listening = listen(config.host, config.port)
+    listening = listen(config.host, config.port, BACKLOG)
     models: dict[str, Served] = {}
     try:
         for name, directory in directories.items():

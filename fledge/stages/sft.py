@@ -279,7 +279,7 @@ def _check_memory(
         row_tokens=row_tokens,
         optimizer=config.optimizer,
         compute_dtype=fit_config.compute_dtype,
-        compiled=fit_config.compile and ranks.count == 1,  # as `fit` does
+        compiled=fit_config.compile,
         checkpointed=config.checkpoint_activations,
         accumulates=micro_rows < own_rows,
         on_cpu=device.type == "cpu",

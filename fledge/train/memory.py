@@ -50,6 +50,11 @@ class Setup:
     neighbours: int = 1
     """How many of them share this machine's memory, where they compute on its CPU."""
 
+    @property
+    def is_compiled(self) -> bool:
+        """Several ranks train without torch.compile, whatever was asked for."""
+        return self.compiled and self.ranks == 1
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -84,10 +89,10 @@ def estimate(config: ModelConfig, setup: Setup, rest: float) -> Estimate:
         activations += 2.0 * sum(p.numel() for p in model.parameters() if p.ndim == 2)
         if setup.ranks > 1 and setup.checkpointed:  # but then only those of a block at a time
             activations -= 2.0 * (config.num_hidden_layers - 1) * unit_sizes(model)[1]
-    rest += setup.on_cpu * (KERNEL_BYTES + setup.compiled * COMPILER_BYTES)
+    rest += setup.on_cpu * (KERNEL_BYTES + setup.is_compiled * COMPILER_BYTES)
     # With several ranks weights that come and go leave gaps too.
     heap = ACCUMULATING_HEAP_SHARE if setup.accumulates or setup.ranks > 1 else HEAP_SHARE
-    share = CUDA_SHARE if not setup.on_cpu else COMPILED_HEAP_SHARE if setup.compiled else heap
+    share = CUDA_SHARE if not setup.on_cpu else COMPILED_HEAP_SHARE if setup.is_compiled else heap
     trained = setup.trained_share
     moments = trained * state_bytes(model, setup.optimizer)
     one = Estimate(weights, trained * weights, moments, share * activations, rest)
@@ -121,13 +126,13 @@ def block_bytes(config: ModelConfig, setup: Setup) -> float:
     C, D, F, T = config.hidden_size, config.head_dim, config.intermediate_size, setup.row_tokens
     H, G, w = config.num_attention_heads, config.num_key_value_heads, setup.compute_dtype.itemsize
     low, masks = w < 4, 1.0 if setup.segments else 1 / setup.rows  # a mask for each row, or one for all
-    if setup.compiled:  # norms are computed again; their outputs are kept as the products read them
+    if setup.is_compiled:  # norms are computed again; their outputs are kept as the products read them
         total = 2 * C * 4 + 2 * C * w + config.has_qk_norm * (H + G) * D * w + 3 * F * w
     else:  # autocast casts a norm's output anew for each of the five products that read it
         total = 4 * C * 4 + (5 * C * w if low else 2 * C * 4)
         total += config.has_qk_norm * 2 * (H + G) * D * 4 + 4 * F * w
     if setup.on_cpu and T <= EXPLICIT_ATTENTION_KEYS:  # softmax weights; keys of every head
-        return total + 4 * H * D * w + H * T * (4 + w * low) + (0 if setup.compiled else masks * T)
+        return total + 4 * H * D * w + H * T * (4 + w * low) + (0 if setup.is_compiled else masks * T)
     return total + 2 * (H + G) * D * w + masks * T * w
 
 
@@ -145,7 +150,7 @@ def head_bytes(config: ModelConfig, setup: Setup) -> float:
     scores = setup.rows * setup.row_tokens * config.vocab_size
     if scores > losses.WHOLE_SCORES:
         return losses.CHUNK_SCORES * (4.0 if setup.compute_dtype == torch.float32 else 8.0)
-    return scores * (2.0 * setup.compute_dtype.itemsize if setup.compiled else 12.0)
+    return scores * (2.0 * setup.compute_dtype.itemsize if setup.is_compiled else 12.0)
 
 
 def check_memory(

@@ -20,7 +20,6 @@ from fledge.evals.samples import (
     pass_at_k,
     sizes,
     vote_at_k,
-    vote_value,
 )
 
 Ballots = list[tuple[str | None, bool]]
@@ -52,6 +51,12 @@ def test_pass_at_k_is_the_share_of_choices_with_a_right_one(n: int, data: st.Dat
     k = data.draw(st.integers(1, n))
     choices = list(itertools.combinations(right, k))
     assert pass_at_k(n, sum(right), k) == pytest.approx(sum(map(any, choices)) / len(choices))
+
+
+def vote_value(votes: list[str | None], right: list[bool]) -> float:
+    """The vote over all answers, of which there is one choice."""
+    one = Sampled(tuple(right), tuple(votes), (1,) * len(votes))
+    return vote_at_k(one, len(votes), np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("k", [0, 4])

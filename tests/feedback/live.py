@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import socket
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import uvicorn
 
 from fledge.feedback.app import make_app
 from fledge.feedback.forms import Kind, ProjectSettings
@@ -19,6 +14,8 @@ from fledge.feedback.people import add_labeler
 from fledge.feedback.records import Output
 from fledge.feedback.site import Site
 from fledge.feedback.store import Store, add_item, add_project
+
+from ..on_a_port import on_a_port
 
 OUTPUTS = ("Paris.", "It is Paris, I think.", "The capital of France is **Paris**.", "London.")
 
@@ -70,21 +67,8 @@ def labelling(
 @contextmanager
 def served(made: Labelling, **site: Any) -> Iterator[Labelling]:
     """The project behind a real server, on a free port of loopback."""
-    listening = socket.create_server(("127.0.0.1", 0))
-    app = make_app(Site(made.store, made.project_id, **site))
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", ws="none")
-    )
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-        assert thread.is_alive()
-    made.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
     try:
-        yield made
+        with on_a_port(make_app(Site(made.store, made.project_id, **site))) as made.url:
+            yield made
     finally:
-        server.should_exit = True
-        thread.join(20)
-        listening.close()
         made.store.close()

@@ -19,7 +19,7 @@ from fledge.rewards.votes import ballot
         ("number", "four", None),
         ("number:after=Answer:", "4", None),
         ("normalised", "The Cat!", "cat"),
-        ("regex:pattern=a,last_line=b,last_line=true", "x\ny", "y"),
+        ("regex:pattern=a,b=c,last_line=true", "x\ny", "y"),
         ("tictactoe", "\n7", "7"),
         ("exact", " \n", None),
         ("rules.py:function", "any  text", "any text"),

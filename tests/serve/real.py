@@ -25,9 +25,10 @@ from fledge.serve.guard import Limits
 from fledge.serve.keys import Doorkeeper
 from fledge.serve.models import Served, load_served
 from fledge.serve.relay import Relay
-from fledge.serve.running import address_of, listen, new_server, run
+from fledge.serve.running import new_server, run
 from fledge.serve.service import Service
 from fledge.tokenizer.bpe import Tokenizer, train_bpe
+from fledge.web.listening import address_of, listen
 
 TEXT = (
     "The café sells naïve 漢字 books. The cats sat; the cats ate. Hello, hello 🙂🙂! "

@@ -5,22 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import socket
-import threading
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from fledge.serve.page import page_routes
+
+from ..on_a_port import on_a_port
 
 HOSTILE = """\
 <script>window.pwned = 1; alert(1)</script><img src="http://evil.example/x.png" onerror="window.pwned = 2">
@@ -205,21 +203,8 @@ def _error(message: str, status: int, headers: dict[str, str] | None = None) -> 
 @contextmanager
 def served(made: Scripted) -> Iterator[Scripted]:
     """The page and the script behind a real server, on a free port of loopback."""
-    listening = socket.create_server(("127.0.0.1", 0))
-    options = uvicorn.Config(made.app(), log_level="critical", access_log=False, lifespan="off", ws="none")
-    server = uvicorn.Server(options)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-        assert thread.is_alive()
-    made.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    try:
+    with on_a_port(made.app()) as made.url:
         yield made
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        listening.close()
 
 
 # --- what a reader does ---------------------------------------------------------------------------
