@@ -5,8 +5,9 @@ in the cache are worked out once a pass and not in every layer. The halves of qu
 (in the weights, once), so that a rotary pair is a complex number and its rotation one multiplication. A test
 compares it with `CausalLM`.
 
-Shape suffixes: B rows, T tokens, N = B * T, S cache slots, C model width, H query heads, G key-value heads,
-R = H / G, D head size, P = H + 2G, E = H + G, M = 2G, V vocabulary.
+Shape suffixes: B rows, T tokens, N flattened positions (B * T, or those that are no padding), S cache slots,
+C model width, H query heads, G key-value heads, R = H / G, D head size, P = H + 2G, E = H + G, M = 2G,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from fledge.model.transformer import Block, CausalLM, RMSNorm, rotary_angles
 
 # Rotations are kept for this many positions at least.
 KEPT_POSITIONS = 1024
+# Where at least this share of a pass is padding, only attention sees it.
+PADDING_SHARE = 0.1
 
 # Of a layer: queries (B, H, T, D), keys and values side by side (B, T, M, D) -> (B, H, T, D).
 Attention = Callable[[int, Tensor, Tensor], Tensor]
@@ -91,6 +94,10 @@ class Decoder:
         """Read up to T new tokens a row behind what the cache holds; rows are right-padded, row b has
         `new_lengths_B[b]` of them. Returns the trunk's output (B, T, C); pads' outputs mean nothing."""
         T, G = ids_BT.shape[1], self.config.num_key_value_heads
+        real_N = None
+        if T > 1 and int(new_lengths_B.sum()) <= (1 - PADDING_SHARE) * ids_BT.numel():
+            is_real_BT = torch.arange(T, device=self.device) < new_lengths_B[:, None]
+            real_N = is_real_BT.flatten().nonzero()[:, 0]
         shortest, longest = (int(x) for x in cache.lengths_B.aminmax())
         slots = min(longest + T, cache.slots)
         positions_BT = cache.lengths_B[:, None] + torch.arange(T, device=self.device)
@@ -107,7 +114,8 @@ class Decoder:
             held_BMSD = cache.put(layer, kv_BTMD, places)[:, :, :slots]
             return _attend(q_BHTD.to(held_BMSD.dtype), held_BMSD[:, :G], held_BMSD[:, G:], masks[layer])
 
-        hidden_BTC = self._run(ids_BT, self._turns_at(positions_BT, longest + T, lengths_B), attention)
+        turns = self._turns_at(positions_BT, longest + T, lengths_B)
+        hidden_BTC = self._run(ids_BT, turns, attention, real_N)
         cache.lengths_B = lengths_B
         return hidden_BTC
 
@@ -115,24 +123,38 @@ class Decoder:
         """Read one token a row; scores (B, V) of the next, fp32."""
         return self.logits(self.extend(ids_B[:, None], torch.ones_like(ids_B), cache)[:, 0])
 
-    def _run(self, ids_BT: Tensor, turns: Tensor, attention: Attention) -> Tensor:
-        """The trunk's output; `turns` as `_turns_at` gives them."""
+    def _run(
+        self, ids_BT: Tensor, turns: Tensor, attention: Attention, real_N: Tensor | None = None
+    ) -> Tensor:
+        """The trunk's output; `turns` as `_turns_at` gives them. `real_N`: which of the B * T tokens are no
+        padding (None: all); the rest get zeros as keys, values and output."""
         B, T = ids_BT.shape
         H, G, D = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
         eps = self.config.rms_norm_eps
-        x_NC = F.embedding(ids_BT.flatten(), self._embedding_VC).float()
+
+        def real(x: Tensor) -> Tensor:
+            x = x.flatten(0, 1)
+            return x if real_N is None else x[real_N]
+
+        def padded(x_NO: Tensor) -> Tensor:
+            if real_N is None:
+                return x_NO
+            return x_NO.new_zeros(B * T, x_NO.shape[-1]).index_copy_(0, real_N, x_NO)
+
+        ids_N, turns_N = real(ids_BT), real(turns.expand(B, -1, -1, -1))
+        x_NC = F.embedding(ids_N, self._embedding_VC).float()
         for number, layer in enumerate(self._layers):
             heads_NO = layer.queries_keys_values(_normed(x_NC, layer.attention_scale_C, eps)).float()
-            heads_BTPD = heads_NO.view(B, T, H + 2 * G, D)
-            turned_BTED = heads_BTPD[:, :, : H + G]  # changed in place
+            turned_NED = heads_NO.view(-1, H + 2 * G, D)[:, : H + G]  # changed in place
             if layer.head_scale_ED is not None:
-                turned_BTED.copy_(_normed(turned_BTED, layer.head_scale_ED, eps))
-            torch.view_as_complex(turned_BTED.view(B, T, H + G, D // 2, 2)).mul_(turns)
+                turned_NED.copy_(_normed(turned_NED, layer.head_scale_ED, eps))
+            torch.view_as_complex(turned_NED.view(-1, H + G, D // 2, 2)).mul_(turns_N)
+            heads_BTPD = padded(heads_NO).view(B, T, H + 2 * G, D)
             out_BHTD = attention(number, heads_BTPD[:, :, :H].transpose(1, 2), heads_BTPD[:, :, H:])
-            x_NC = x_NC + layer.attention_out(out_BHTD.transpose(1, 2).reshape(B * T, H * D))
+            x_NC = x_NC + layer.attention_out(real(out_BHTD.transpose(1, 2).reshape(B, T, H * D)))
             gate_NI, inner_NI = layer.gate_up(_normed(x_NC, layer.mlp_scale_C, eps)).chunk(2, dim=-1)
             x_NC = x_NC + layer.down(F.silu(gate_NI).mul_(inner_NI))
-        return _normed(x_NC, self._scale_C, eps).view(B, T, -1)
+        return padded(_normed(x_NC, self._scale_C, eps)).view(B, T, -1)
 
     def _turns_at(self, positions_BT: Tensor, end: int, lengths_B: Tensor | None) -> Tensor:
         """The rotation of each pair at each position (B, T, 1, D / 2), complex. Positions are below `end`;

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fledge.data.prompts import Prompt, read_prompts
+from fledge.engine.remote import num_tokens
 from fledge.engine.text import TextCompletion
 from fledge.errors import UserError
 from fledge.evals.facts import Share
@@ -113,8 +114,14 @@ def _ended(reply: TextCompletion) -> bool:
 
 
 def _tokens(reply: TextCompletion) -> int:
-    """What was made, with the token that ended it."""
-    return len(reply.ids) + _ended(reply)
+    """What was made, with the token that ended it. Raises UserError where an endpoint does not count."""
+    tokens = num_tokens(reply)
+    if tokens is None:
+        raise UserError(
+            "the endpoint does not say how many tokens its answers have (usage.completion_tokens): problems "
+            "can be asked of another one, or of a model directory"
+        )
+    return tokens + _ended(reply)
 
 
 def _right(task: CheckedTask, made: Sequence[TextCompletion], n: int) -> list[bool]:

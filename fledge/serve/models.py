@@ -20,6 +20,7 @@ from fledge.errors import UserError
 from fledge.files import read_json
 from fledge.rewards.reward_model import Judge, load_judge
 from fledge.serve.plan import Room
+from fledge.serve.turns import Turns
 from fledge.serve.worker import Worker
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.types import SamplingParams
@@ -45,7 +46,7 @@ class Served:
         self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], beams: Beams,
         wanted: Callable[[], bool],
     ) -> list[list[Hypothesis]]:  # fmt: skip
-        """In the worker's thread: the best texts of each prompt, while other requests go on. Raises UserError
+        """In the models' thread: the best texts of each prompt, while other requests go on. Raises UserError
         when nobody wants it any more."""
         assert self.engine is not None
 
@@ -109,13 +110,15 @@ def load_served(
     rows: int,
     context: int | None,
     answer_tokens: int | None,
+    turns: Turns,
 ) -> Served:
     """A model of a directory, ready to work on `rows` requests at once (fewer where memory lacks) of up to
-    `context` tokens (None: as many as the model reads and memory allows). Raises UserError."""
+    `context` tokens (None: as many as the model reads and memory allows), in the thread of `turns`. Raises
+    UserError."""
     created = int((directory / "config.json").stat().st_mtime) if (directory / "config.json").exists() else 0
     if is_reward_model(directory):
         judge = load_judge(directory, device)
-        worker = Worker(name, None, lambda params: _no_text())
+        worker = Worker(name, None, lambda params: _no_text(), turns)
         room = Room(judge.max_tokens, 0)
         return Served(name, directory, judge.tokenizer, worker, room, created, judge=judge)
     engine, tokenizer = load_engine(directory, device=device, batch_size=rows, compute_dtype=compute_dtype)
@@ -123,7 +126,7 @@ def load_served(
         raise UserError(f"--context {context}: {name} reads {engine.context} tokens")
     slots = context or engine.most_slots(min(FEWEST_ROWS, rows))
     scheduler = engine.new_scheduler(rows, slots)
-    worker = Worker(name, scheduler, lambda params: text_stream(engine, tokenizer, params))
+    worker = Worker(name, scheduler, lambda params: text_stream(engine, tokenizer, params), turns)
     room = Room(slots, answer_tokens)
     return Served(name, directory, tokenizer, worker, room, created, engine=engine)
 

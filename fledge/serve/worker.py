@@ -1,4 +1,4 @@
-"""A thread that owns a model: requests join and leave between its steps, and nobody waits for it.
+"""What a model works on: requests join and leave between its steps, and nobody waits for it.
 
 The event loop hands requests over and gets what was made as messages, one batch a step. What isn't a
 completion (embeddings, scores, a beam search) is a call, made between two steps.
@@ -20,6 +20,7 @@ from fledge.engine.scheduler import Scheduler
 from fledge.engine.stops import TextStream
 from fledge.errors import UserError
 from fledge.serve.errors import ApiError, stopping
+from fledge.serve.turns import Turns
 from fledge.types import FinishReason, SamplingParams, Token
 
 T = TypeVar("T")
@@ -96,10 +97,14 @@ class Run:
 
 
 class Worker:
-    """Runs a model's requests in a thread of its own, as many at once as the scheduler has rows."""
+    """Runs a model's requests in the models' thread, as many at once as the scheduler has rows."""
 
     def __init__(
-        self, name: str, scheduler: Scheduler | None, stream_of: Callable[[SamplingParams], TextStream]
+        self,
+        name: str,
+        scheduler: Scheduler | None,
+        stream_of: Callable[[SamplingParams], TextStream],
+        turns: Turns,
     ) -> None:
         """`stream_of` makes a completion's text. Without a scheduler there are only calls."""
         self.name, self.scheduler = name, scheduler
@@ -108,11 +113,11 @@ class Worker:
         self._runs: list[Run] = []
         self._arrived: deque[Run] = deque()
         self._calls: deque[tuple[Callable[[], Any], asyncio.Future[Any], asyncio.AbstractEventLoop]] = deque()
-        self._wake = threading.Event()
+        self._turns = turns
         self._closing = False
+        self._closed = threading.Event()
         self._failure: Exception | None = None  # what all requests end with
-        self._thread = threading.Thread(target=self._work, name=f"model {name}", daemon=True)
-        self._thread.start()
+        turns.add(self)
 
     @property
     def running(self) -> int:
@@ -137,12 +142,12 @@ class Worker:
                     run.count += 1
         except BaseException:
             run.cancel()
-            self._wake.set()
+            self._turns.wake()
             raise
         if run.cancelled:  # before all of it was there
             run.cancel()
         self._arrived.append(run)
-        self._wake.set()
+        self._turns.wake()
 
     async def call(self, function: Callable[[], T]) -> T:
         """What a function gives that needs the model for itself; made between two steps."""
@@ -151,43 +156,46 @@ class Worker:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         self._calls.append((function, future, loop))
-        self._wake.set()
+        self._turns.wake()
         return await future
 
     def turn(self) -> None:
-        """One token more for all requests, and its delivery; for a call that takes long to let others on.
-        Raises what ends all requests."""
-        self._turn()
+        """One token more for all requests, those of other models too, and its delivery; for a call that takes
+        long to let others on. Raises what ends all requests."""
+        self._turns.step()
         if self._failure is not None:
             raise self._failure
 
     def wake(self) -> None:
         """Look again at who wants no more."""
-        self._wake.set()
+        self._turns.wake()
 
     def end_all(self, error: Exception) -> None:
         """End all requests with an error, and take no more."""
         self._failure = error
-        self._wake.set()
+        self._turns.wake()
 
     def close(self, seconds: float = 10.0) -> None:
-        """End all and the thread; waits for it as long."""
+        """End all; waits for it as long."""
         self._failure = self._failure or stopping()
         self._closing = True
-        self._wake.set()
-        self._thread.join(seconds)
+        self._turns.wake()
+        self._closed.wait(seconds)
 
-    def _work(self) -> None:
-        while True:
-            busy = self._turn()
-            while self._calls:
-                self._make(*self._calls.popleft())
-                busy = True
-            if not busy:
-                if self._closing:
-                    return
-                self._wake.wait()
-                self._wake.clear()
+    @property
+    def ended(self) -> bool:
+        """Whether all was ended after `close`."""
+        return self._closed.is_set()
+
+    def work(self) -> bool:
+        """In the models' thread: `step`, then one of the calls."""
+        busy = self.step()
+        if self._calls:
+            self._make(*self._calls.popleft())
+            return True
+        if not busy and self._closing:
+            self._closed.set()
+        return busy
 
     def _make(
         self, function: Callable[[], Any], future: asyncio.Future[Any], loop: asyncio.AbstractEventLoop
@@ -203,8 +211,9 @@ class Worker:
             _log(self.name, caught)
         _post(loop, _settle, future, result, error)
 
-    def _turn(self) -> bool:
-        """Whether anything is left to do."""
+    def step(self) -> bool:
+        """In the models' thread: one token more for all requests, and its delivery; whether anything is left
+        to do."""
         while self._arrived:
             self._runs.append(self._arrived.popleft())
         if self._failure is not None:

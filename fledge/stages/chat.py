@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import sys
 from collections.abc import Iterator
@@ -12,19 +11,13 @@ from pathlib import Path
 
 from fledge.device import pick_device
 from fledge.engine.products import QuantizeName, WeightsName, weights_type
-from fledge.engine.remote import RemoteChat, connect
+from fledge.engine.remote import RemoteChat, check_remote, connect
 from fledge.engine.sampling import validate
 from fledge.engine.session import Session, note
 from fledge.engine.settings import banned_sequences, logit_bias, read_constraint, split_biases
 from fledge.engine.text import LocalChat, load_engine
 from fledge.errors import UserError
 from fledge.types import SamplingParams
-
-# What the servers of others do not know, or by other names.
-LOCAL_ONLY = {
-    "top_k", "min_p", "repetition_penalty", "logit_bias", "ban", "min_tokens", "stop_ids", "regex",
-    "json_schema", "grammar", "weights", "quantize", "device",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +91,11 @@ def main(config: Config) -> None:
         stop_ids=config.stop_ids,
     )
     validate(params)
+    check_remote(config)
     chat: LocalChat | RemoteChat
     if config.endpoint is None:
         chat, params = load(config, params)
     else:
-        check_remote(config)
         chat = connect(config.endpoint, config.model, config.endpoint_key, os.environ)
     try:
         converse(Session(chat, params, config.system))
@@ -138,14 +131,6 @@ def load(config: Config, params: SamplingParams) -> tuple[LocalChat, SamplingPar
     params = replace(params, banned=banned, logit_bias=biases_by_id, constraint=constraint)
     validate(params, engine.model.config.vocab_size)
     return LocalChat(engine, tokenizer), params
-
-
-def check_remote(config: Config) -> None:
-    """Raise UserError for a flag that endpoints do not know alike."""
-    for field in dataclasses.fields(config):
-        if field.name in LOCAL_ONLY and getattr(config, field.name) != field.default:
-            flag = f"--{field.name.replace('_', '-')}"
-            raise UserError(f"{flag} goes with a local model; leave it out, or leave out --endpoint")
 
 
 def read_lines() -> Iterator[str]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,12 +24,13 @@ from fledge.data.prompts import Prompt
 from fledge.data.sources import split_documents
 from fledge.device import ComputeName, DeviceName, keep_freed_memory, pick_compute_dtype, pick_device
 from fledge.engine.engine import Engine
-from fledge.engine.text import LocalChat, TextCompletion, complete_ids, load_engine
+from fledge.engine.remote import check_remote, connect
+from fledge.engine.text import TextCompletion, load_engine
 from fledge.errors import UserError
 from fledge.evals.bits import bits_per_byte
-from fledge.evals.facts import Share, is_refusal, token_f1
+from fledge.evals.questions import Ask, ask_local, ask_questions, read_questions, scores
 from fledge.evals.task_samples import CheckedTask, name_of, read_task, sample_task
-from fledge.files import new_directory, read_jsonl, read_text, write_json, write_text
+from fledge.files import new_directory, read_text, write_json, write_text
 from fledge.model.ngram import is_ngram
 from fledge.report.evaluate import write_evaluation_report
 from fledge.report.samples import WAYS
@@ -34,13 +38,20 @@ from fledge.rewards.reward_model import Judge, load_judge
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.types import SamplingParams
 
+# What reads probabilities, or computes here.
+LOCAL_ONLY = {"data", "held_out", "baseline", "window_tokens", "compute"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Measure a model: bits per byte on texts, questions it answers right, tasks with several samples."""
 
-    model: Path
-    """Model directory."""
+    model: str
+    """Model directory; with --endpoint, a name there."""
+    endpoint: str | None = None
+    """Address of an OpenAI-compatible server, as http://localhost:8000/v1, that answers instead."""
+    endpoint_key: str | None = None
+    """Name of the environment variable that holds the endpoint's key."""
     out: Path = Path("runs/evaluate")
     """New directory for the figures, the answers and report.html."""
     data: tuple[str, ...] = ()
@@ -78,7 +89,7 @@ class Config:
     limit: int | None = None
     """Ask only the first questions or problems of each file."""
     batch_size: int = 128
-    """Answers made at once."""
+    """Answers made at once; of an endpoint at most 16."""
     device: DeviceName = "auto"
     """Where to run."""
     compute: ComputeName = "auto"
@@ -92,27 +103,28 @@ def main(config: Config) -> None:
     if not config.data and not config.questions and not config.tasks:
         raise UserError("nothing to measure: give --data texts, --questions files or --tasks")
     _check(config)
-    questions = {path: _read_questions(path)[: config.limit] for path in config.questions}
+    questions = {path: read_questions(path)[: config.limit] for path in config.questions}
     tasks = [read_task(path, config.reward, config.right_from, config.limit) for path in config.tasks]
     shown = read_text(config.few_shot) + "\n" if config.few_shot else ""
     started = time.perf_counter()
     keep_freed_memory()
-    device = pick_device(config.device)
-    engine, tokenizer = _load(config, config.model)
-    judge = load_judge(config.reward_model, device) if config.reward_model else None
-    answers = [
-        row
-        for path in config.questions
-        for row in _answers(config, path.stem, questions[path], shown, engine, tokenizer)
-    ]
-    sampled = {task.name: _sampled(config, task, engine, tokenizer, judge) for task in tasks}
+    judge = load_judge(config.reward_model, pick_device(config.device)) if config.reward_model else None
+    with _model(config) as (ask, bits):
+        answers = [
+            row
+            for path in config.questions
+            for row in ask_questions(
+                path.stem, questions[path], ask, shown if config.ask == "plain" else None, config.max_tokens
+            )
+        ]
+        sampled = {task.name: _sampled(config, task, ask, judge) for task in tasks}
     summary = {
         "stage": "evaluate",
-        "model": str(config.model),
-        "bits_per_byte": _bits(config, engine, tokenizer),
+        "model": config.model if config.endpoint is None else f"{config.model} at {config.endpoint}",
+        "bits_per_byte": bits,
         "baseline": _baseline(config),
         "questions": {
-            path.stem: _scores([a for a in answers if a["set"] == path.stem]) for path in config.questions
+            path.stem: scores([a for a in answers if a["set"] == path.stem]) for path in config.questions
         },
         "tasks": {name: figures for name, (figures, _) in sampled.items()},
         "seconds": round(time.perf_counter() - started, 1),
@@ -132,6 +144,18 @@ def _lines(rows: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+@contextmanager
+def _model(config: Config) -> Iterator[tuple[Ask, dict[str, float]]]:
+    """How the model is asked, and its bits per byte."""
+    if config.endpoint is None:
+        engine, tokenizer = _load(config, Path(config.model))
+        yield partial(ask_local, engine, tokenizer), _bits(config, engine, tokenizer)
+        return
+    model = connect(config.endpoint, config.model, config.endpoint_key, os.environ, config.batch_size)
+    with closing(model):
+        yield model.replies, {}
+
+
 def _load(config: Config, model: Path) -> tuple[Engine, Tokenizer]:
     device = pick_device(config.device)
     engine, tokenizer = load_engine(model, device=device, batch_size=config.batch_size)
@@ -148,6 +172,7 @@ def _baseline(config: Config) -> dict[str, Any] | None:
 
 
 def _check(config: Config) -> None:
+    check_remote(config, LOCAL_ONLY, known=() if config.reward_model is None else ("device",))
     check_at_least(config, 1, "max_tokens", "window_tokens", "limit", "batch_size")
     check_at_least(config, 1, "samples", "completion_tokens")
     check_at_least(config, 0, "seed")
@@ -190,76 +215,20 @@ def _bits(config: Config, engine: Engine, tokenizer: Tokenizer) -> dict[str, flo
     return figures
 
 
-def _answers(
-    config: Config, name: str, lines: list[dict[str, Any]], shown: str, engine: Engine, tokenizer: Tokenizer
-) -> list[dict[str, Any]]:
-    """Ask all questions of a file; `shown` stands before each plain one."""
-    params = SamplingParams(temperature=0.0, max_tokens=config.max_tokens)
-    if config.ask == "chat":
-        chat = LocalChat(engine, tokenizer)
-        made = chat.replies([[{"role": "user", "content": line["question"]}] for line in lines], params)
-    else:
-        plain = SamplingParams(temperature=0.0, max_tokens=config.max_tokens, stop=("\n",))
-        prompts = [
-            [tokenizer.start_id, *tokenizer.encode(f"{shown}Question: {line['question']}\nAnswer:")]
-            for line in lines
-        ]
-        made = complete_ids(engine, tokenizer, prompts, plain)
-    return [
-        {
-            "set": name,
-            "question": line["question"],
-            "gold": line["answer"],
-            "answer": reply.text.strip(),
-            "f1": None if line["answer"] is None else round(token_f1(reply.text, line["answer"]), 4),
-            "refused": is_refusal(reply.text),
-            "finish_reason": reply.finish_reason,
-        }
-        for line, reply in zip(lines, made, strict=True)
-    ]
-
-
 def _sampled(
-    config: Config, task: CheckedTask, engine: Engine, tokenizer: Tokenizer, judge: Judge | None
+    config: Config, task: CheckedTask, ask: Ask, judge: Judge | None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What several answers to a task's problems are worth, as `sample_task` has it."""
 
-    def ask(problems: Sequence[Prompt], params: SamplingParams) -> Sequence[TextCompletion]:
+    def ask_problems(problems: Sequence[Prompt], params: SamplingParams) -> Sequence[TextCompletion]:
         if config.ask == "chat":
-            return LocalChat(engine, tokenizer).replies([one.messages for one in problems], params)
-        texts = [str(one.messages[-1].get("content") or "") for one in problems]
-        starts = [[tokenizer.start_id, *tokenizer.encode(text)] for text in texts]
-        return complete_ids(engine, tokenizer, starts, params)
+            return ask([one.messages for one in problems], params)
+        return ask([str(one.messages[-1].get("content") or "") for one in problems], params)
 
     params = SamplingParams(
         config.temperature, max_tokens=config.completion_tokens, seed=config.seed, n=config.samples
     )
-    return sample_task(task, ask, params, judge)
-
-
-def _read_questions(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for number, row in read_jsonl(path):
-        if not isinstance(row.get("question"), str):
-            raise UserError(f'{path}:{number}: the line has no field "question" with a text')
-        if "answer" not in row or not isinstance(row["answer"], str | None):
-            raise UserError(
-                f'{path}:{number}: the field "answer" must be a text, or null where to refuse is right'
-            )
-        lines.append(row)
-    if not lines:
-        raise UserError(f"{path}: no questions in it")
-    return lines
-
-
-def _scores(answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Right: token F1 of at least 0.8. Both shares come with 95% Wilson intervals."""
-    known = [answer for answer in answers if answer["gold"] is not None]
-    return {
-        "right": Share(sum(answer["f1"] >= 0.8 for answer in known), len(known)).as_dict() if known else None,
-        "mean_f1": sum(answer["f1"] for answer in known) / len(known) if known else None,
-        "refused": Share(sum(answer["refused"] for answer in answers), len(answers)).as_dict(),
-    }
+    return sample_task(task, ask_problems, params, judge)
 
 
 def _print(console: Console, summary: dict[str, Any]) -> None:

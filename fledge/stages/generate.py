@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fledge.config import to_toml
 from fledge.device import pick_device
-from fledge.engine import batch
+from fledge.engine import batch, terminal
 from fledge.engine.choices import choice_logps
 from fledge.engine.constraints import choices_of
 from fledge.engine.draft_models import Speculate, speculation_of
@@ -19,19 +21,11 @@ from fledge.engine.engine import Engine
 from fledge.engine.exact import Budget
 from fledge.engine.products import QuantizeName, WeightsName, weights_type
 from fledge.engine.prompts import read_prompts
+from fledge.engine.remote import check_remote, connect
+from fledge.engine.remote_texts import LOCAL_ONLY, print_remote, run_remote_batch
 from fledge.engine.sampling import validate
 from fledge.engine.search_texts import EarlyStoppingName, Strategy, search_of, search_texts
 from fledge.engine.settings import banned_sequences, logit_bias, read_constraint, split_biases
-from fledge.engine.terminal import (
-    batch_progress,
-    mask_cost,
-    print_all,
-    print_logprobs,
-    print_probabilities,
-    print_speculation,
-    print_summary,
-    stream_to_terminal,
-)
 from fledge.engine.text import LocalChat, complete_ids, encode_prompt, load_engine, terminal_safe
 from fledge.errors import UserError
 from fledge.files import sha256
@@ -45,8 +39,12 @@ from fledge.types import Message, SamplingParams
 class Config:
     """Continue texts with a model; only the continuation is written to stdout."""
 
-    model: Path
-    """Model directory."""
+    model: str
+    """Model directory; with --endpoint, a name there."""
+    endpoint: str | None = None
+    """Address of an OpenAI-compatible server, as http://localhost:8000/v1, that writes the texts instead."""
+    endpoint_key: str | None = None
+    """Name of the environment variable that holds the endpoint's key."""
     prompt: tuple[str, ...] = ()
     """Texts to continue; `-` reads one from stdin. An empty text starts a new document."""
     prompt_file: Path | None = None
@@ -132,7 +130,7 @@ class Config:
     draft_tokens: int | None = None
     """With --speculate or --draft-model: how many tokens to guess ahead at most (default 6)."""
     batch_size: int = 64
-    """Continuations made at once; fewer where memory for their keys and values lacks."""
+    """Continuations made at once, as far as memory for keys and values allows; of an endpoint at most 16."""
     weights: WeightsName = "fp32"
     """What weights are rounded to for speed: fp16 for one continuation at a time, bf16 for many."""
     quantize: QuantizeName | None = None
@@ -145,6 +143,7 @@ def main(config: Config) -> None:
     """Print the continuations: as they are made if there is one and stdout is a terminal."""
     if config.n < 1:
         raise UserError(f"--n {config.n} is below 1")
+    check_remote(config, LOCAL_ONLY)
     search = search_of(
         config.strategy, config.beams, config.length_penalty, config.early_stopping, config.stochastic,
         config.max_expansions, config.max_seconds,
@@ -163,6 +162,11 @@ def main(config: Config) -> None:
     if config.out is not None or config.strict or config.overwrite:
         raise UserError("--out, --strict and --overwrite go with --batch FILE; a continuation is on stdout")
     prompts = list(read_prompts(config.prompt, config.prompt_file))
+    if config.endpoint is not None:
+        model = connect(config.endpoint, config.model, config.endpoint_key, os.environ, config.batch_size)
+        with closing(model):
+            print_remote(model, prompts, config.chat, sampling(config))
+        return
     if config.best_of is not None or config.reward_model is not None:
         print_best(config, prompts)
         return
@@ -183,23 +187,23 @@ def main(config: Config) -> None:
     shown = [prompts[i] if config.echo else "" for i in repeated]
     if search is not None:
         made = [completion for texts in found for completion, _ in texts]
-        print_all([prompts[i] for i in repeated], shown, made)
+        terminal.print_all([prompts[i] for i in repeated], shown, made)
         for i, (_, known) in enumerate(itertools.chain.from_iterable(found), start=1):
             print(f"{i}: {known}" if len(made) > 1 else known, file=sys.stderr)
     elif len(repeated) == 1 and sys.stdout.isatty() and config.show_logprobs is None:
         print(terminal_safe(shown[0]), end="", flush=True)
-        made = [stream_to_terminal(engine, tokenizer, prompt_ids[0], params)]
+        made = [terminal.stream_to_terminal(engine, tokenizer, prompt_ids[0], params)]
     else:
         made = complete_ids(engine, tokenizer, prompt_ids, params)
-        print_all([prompts[i] for i in repeated], shown, made)
+        terminal.print_all([prompts[i] for i in repeated], shown, made)
     if config.show_logprobs is not None:
         for completion in made:
-            print_logprobs(tokenizer, completion)
-    print_summary(made, time.perf_counter() - started, mask_cost(engine))
-    print_speculation(engine, prompt_ids, params)
+            terminal.print_logprobs(tokenizer, completion)
+    terminal.print_summary(made, time.perf_counter() - started, terminal.mask_cost(engine))
+    terminal.print_speculation(engine, prompt_ids, params)
     if config.show_probabilities and choices is not None:
         scores = choice_logps(engine, tokenizer, prompt_ids, choices, params.stop_ids)
-        print_probabilities(prompts, choices, scores)
+        terminal.print_probabilities(prompts, choices, scores)
 
 
 def print_best(config: Config, prompts: list[str]) -> None:
@@ -212,49 +216,43 @@ def print_best(config: Config, prompts: list[str]) -> None:
     judge = load_judge(config.reward_model, pick_device(config.device))
     asked = [[Message(role="user", content=prompt)] for prompt in prompts]
     found = best_replies(LocalChat(engine, tokenizer), judge, asked, params, config.best_of)
-    print_all(prompts, [prompt if config.echo else "" for prompt in prompts], [best.chosen for best in found])
+    shown = [prompt if config.echo else "" for prompt in prompts]
+    terminal.print_all(prompts, shown, [best.chosen for best in found])
     for best in found:
         others = " ".join(f"{reward:+.3f}" for reward in sorted(best.rewards, reverse=True)[1:])
         print(f"reward {best.reward:+.3f}" + (f"; the others {others}" if others else ""), file=sys.stderr)
     print(bound_line(config.best_of), file=sys.stderr)
 
 
+def sampling(config: Config) -> SamplingParams:
+    """The sampling settings but for those that name tokens."""
+    default = 0.8 if config.beams is None and config.strategy == "sample" else 1.0
+    params = SamplingParams(
+        temperature=default if config.temperature is None else config.temperature, top_k=config.top_k,
+        top_p=config.top_p, min_p=config.min_p, repetition_penalty=config.repetition_penalty,
+        presence_penalty=config.presence_penalty, frequency_penalty=config.frequency_penalty,
+        max_tokens=config.max_tokens, seed=config.seed, stop=config.stop, stop_ids=config.stop_ids,
+        echo=config.echo, top_logprobs=config.show_logprobs or 0, min_tokens=config.min_tokens, n=config.n,
+    )  # fmt: skip
+    validate(params)
+    return params
+
+
 def load(config: Config) -> tuple[Engine, Tokenizer, SamplingParams]:
     """The model and the sampling settings."""
-    default = 0.8 if config.beams is None and config.strategy == "sample" else 1.0
-    biases = split_biases(config.logit_bias)
-    params = SamplingParams(
-        temperature=default if config.temperature is None else config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        min_p=config.min_p,
-        repetition_penalty=config.repetition_penalty,
-        presence_penalty=config.presence_penalty,
-        frequency_penalty=config.frequency_penalty,
-        max_tokens=config.max_tokens,
-        seed=config.seed,
-        stop=config.stop,
-        stop_ids=config.stop_ids,
-        echo=config.echo,
-        top_logprobs=config.show_logprobs or 0,
-        min_tokens=config.min_tokens,
-        n=config.n,
-    )
-    validate(params)
+    biases, params = split_biases(config.logit_bias), sampling(config)
     constraint = read_constraint(config.choices, config.regex, config.json_schema, config.grammar)
-    device = pick_device(config.device)
-    dtype = weights_type(config.weights, config.quantize)
     engine, tokenizer = load_engine(
-        config.model, device=device, batch_size=config.batch_size, compute_dtype=dtype
-    )
+        Path(config.model), device=pick_device(config.device), batch_size=config.batch_size,
+        compute_dtype=weights_type(config.weights, config.quantize),
+    )  # fmt: skip
     engine.speculation = speculation_of(
         config.speculate, config.draft_model, config.draft_tokens, engine, tokenizer
     )
     if constraint is not None and engine.grammars is not None:
         engine.grammars.start(constraint)  # one error here instead of one for each prompt
     banned, biases_by_id = banned_sequences(config.ban, tokenizer), logit_bias(biases, tokenizer)
-    params = replace(params, banned=banned, logit_bias=biases_by_id, constraint=constraint)
-    return engine, tokenizer, params
+    return engine, tokenizer, replace(params, banned=banned, logit_bias=biases_by_id, constraint=constraint)
 
 
 def run_batch(config: Config) -> None:
@@ -265,27 +263,37 @@ def run_batch(config: Config) -> None:
         raise UserError("--batch needs --out FILE.jsonl for the completions")
     if config.out.exists() and config.out.samefile(config.batch):
         raise UserError(f"{config.out}: is the file of --batch itself; choose another --out")
-    started = time.perf_counter()
-    engine, tokenizer, params = load(config)
-    jobs = batch.read_jobs(config.batch, engine, tokenizer, params, config.chat, config.strict)
-    with batch_progress() as progress:
-        counts = batch.run_batch(
-            engine, tokenizer, jobs, config.out, job_id(config, params), config.strict, config.overwrite,
-            progress, config.show_probabilities,
-        )  # fmt: skip
+    started, cost = time.perf_counter(), ""
+    if config.endpoint is not None:
+        params = sampling(config)
+        model = connect(config.endpoint, config.model, config.endpoint_key, os.environ, config.batch_size)
+        with closing(model), terminal.batch_progress() as progress:
+            counts = run_remote_batch(
+                model, config.batch, params, config.chat, config.out, job_id(config, params), config.strict,
+                config.overwrite, progress,
+            )  # fmt: skip
+    else:
+        engine, tokenizer, params = load(config)
+        jobs = batch.read_jobs(config.batch, engine, tokenizer, params, config.chat, config.strict)
+        with terminal.batch_progress() as progress:
+            counts = batch.run_batch(
+                engine, tokenizer, jobs, config.out, job_id(config, params), config.strict, config.overwrite,
+                progress, config.show_probabilities,
+            )  # fmt: skip
+        cost = terminal.mask_cost(engine)
     kept = f", {counts['kept']:,} of them from before" if counts["kept"] else ""
     errors = f", {counts['errors']:,} with an error" if counts["errors"] else ""
     rate = counts["tokens"] / max(time.perf_counter() - started, 1e-9)
-    speed = f"{rate:,.0f} tokens/s{mask_cost(engine)}"
-    print(f"{counts['rows']:,} rows{kept}{errors}; {speed}; {config.out}", file=sys.stderr)
-    print_speculation(engine, [], params)
+    print(f"{counts['rows']:,} rows{kept}{errors}; {rate:,.0f} tokens/s{cost}; {config.out}", file=sys.stderr)
+    if config.endpoint is None:
+        terminal.print_speculation(engine, [], params)
 
 
 def job_id(config: Config, params: SamplingParams) -> str:
     """What decides the rows of --out: the input's content, the settings, and the model's files."""
     assert config.batch is not None
     settings = replace(config, overwrite=False, batch=None, out=None, device="auto", batch_size=1)
-    files = sorted(path for path in config.model.iterdir() if path.is_file())
+    files = [] if config.endpoint else sorted(path for path in Path(config.model).iterdir() if path.is_file())
     stamps = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
     text = "\n".join([to_toml(settings), repr(params.constraint), *stamps, sha256([config.batch])])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from fledge.engine.remote import TRIES, EndpointError, RemoteChat
+from fledge.engine.remote import TRIES, EndpointError, RemoteChat, endpoint_key, num_tokens
 from fledge.errors import UserError
 from fledge.types import Message, SamplingParams
 
@@ -68,7 +68,7 @@ def test_what_passes_is_tried_again() -> None:
 
 
 def test_an_endpoint_that_is_down_is_told_from_a_prompt_that_is_refused() -> None:
-    tries = []
+    tries: list[httpx2.Request | None] = []
 
     def down(request: httpx2.Request) -> httpx2.Response:
         tries.append(request)
@@ -76,7 +76,18 @@ def test_an_endpoint_that_is_down_is_told_from_a_prompt_that_is_refused() -> Non
 
     with pytest.raises(EndpointError, match="refused"):
         remote(down).reply(ASKED, SamplingParams())
-    assert len(tries) == TRIES
+    assert len(tries) == 1  # nobody has ever answered there
+
+    def gone(request: httpx2.Request) -> httpx2.Response:
+        return answering("Hi.") if not tries else down(request)
+
+    tries.clear()
+    chat = remote(gone)
+    assert chat.reply(ASKED, SamplingParams()).text == "Hi."
+    tries.append(None)
+    with pytest.raises(EndpointError, match="refused"):
+        chat.reply(ASKED, SamplingParams())
+    assert len(tries) == 1 + TRIES
     too_long = httpx2.Response(400, json={"error": {"message": "the prompt\nis too long"}})
     with pytest.raises(UserError, match="400: the prompt is too long") as error:
         remote(lambda _: too_long).reply(ASKED, SamplingParams())
@@ -92,6 +103,111 @@ def test_what_is_no_chat_completion_is_one_line(content: str) -> None:
     with pytest.raises(UserError) as error:
         remote(lambda _: httpx2.Response(200, text=content)).reply(ASKED, SamplingParams())
     assert "\n" not in str(error.value)
+
+
+def test_the_pause_is_the_one_that_the_server_wishes() -> None:
+    wishes = ["7", "0.5", "3600", None, "Wed, 21 Oct 2015 07:28:00 GMT", "nan"]
+    for wish, pause in zip(wishes, [7, 0.5, 2, 2, 2, 2], strict=True):
+        headers = {} if wish is None else {"retry-after": wish}
+        answers = iter([httpx2.Response(429, headers=headers), answering("at last")])
+        chat, pauses = remote(lambda _, answers=answers: next(answers)), list[float]()
+        chat.sleep = pauses.append
+        assert chat.reply(ASKED, SamplingParams()).text == "at last"
+        assert pauses == [pause]
+
+
+def test_a_busy_server_is_asked_for_longer_where_it_says_when() -> None:
+    """Many requests at once push each other away more than a few times."""
+    busy = [httpx2.Response(429, headers={"retry-after": "1"})] * 20
+    answers = iter([*busy, answering("at last")])
+    assert remote(lambda _: next(answers)).reply(ASKED, SamplingParams()).text == "at last"
+    tries = []
+
+    def spent(request: httpx2.Request) -> httpx2.Response:
+        tries.append(request)
+        return httpx2.Response(429, json={"error": {"message": "quota"}})
+
+    with pytest.raises(EndpointError, match="429: quota"):
+        remote(spent).reply(ASKED, SamplingParams())
+    assert len(tries) == TRIES
+
+
+def test_a_request_that_breaks_the_server_is_at_fault_itself() -> None:
+    with pytest.raises(UserError, match="500: oops") as error:
+        remote(lambda _: httpx2.Response(500, text="oops")).reply(ASKED, SamplingParams())
+    assert not isinstance(error.value, EndpointError)
+    steering = httpx2.Response(400, json={"error": {"message": "a\x1b]0;p\x07b\nc"}})
+    with pytest.raises(UserError, match=r"400: a\]0;pb c$"):
+        remote(lambda _: steering).reply(ASKED, SamplingParams())
+    with pytest.raises(EndpointError, match="503"):
+        remote(lambda _: httpx2.Response(503)).reply(ASKED, SamplingParams())
+
+
+def test_a_text_is_continued() -> None:
+    seen: list[httpx2.Request] = []
+
+    def handler(request: httpx2.Request) -> httpx2.Response:
+        seen.append(request)
+        if request.url.path.endswith("/chat/completions"):
+            return answering("A chat.")
+        choice = {"index": 0, "text": " time", "finish_reason": "length"}
+        return httpx2.Response(200, json={"choices": [choice], "usage": {"completion_tokens": 5}})
+
+    chat = remote(handler)
+    chat.parallel = 1
+    text, answer = chat.replies(["Once upon a", ASKED], SamplingParams(temperature=0, max_tokens=5))
+    assert (text.text, text.finish_reason, num_tokens(text)) == (" time", "length", 5)
+    assert (answer.text, num_tokens(answer)) == ("A chat.", None)
+    assert str(seen[0].url) == "http://models.example/v1/completions"
+    assert json.loads(seen[0].content) == {
+        "model": "m", "prompt": "Once upon a", "temperature": 0, "max_tokens": 5, "seed": 0
+    }  # fmt: skip
+    with pytest.raises(EndpointError, match=r"404.*ask in chats"):
+        remote(lambda _: httpx2.Response(404, text="no")).reply("Once", SamplingParams())
+    with pytest.raises(UserError, match="no text completion"):
+        remote(lambda _: answering("Hi.")).reply("Once", SamplingParams())
+    with pytest.raises(UserError, match="surrogate"):
+        chat.reply("caf\udce9", SamplingParams())
+
+
+def test_requests_go_out_together_and_answers_keep_the_order() -> None:
+    """As many as may be under way wait for each other; what is asked first is answered last."""
+    together, lock, begun = threading.Barrier(4), threading.Lock(), list[str]()
+
+    def handler(request: httpx2.Request) -> httpx2.Response:
+        asked = json.loads(request.content)["prompt"]
+        with lock:
+            begun.append(asked)
+        together.wait(10)
+        return httpx2.Response(200, json={"choices": [{"text": asked}]})
+
+    asked = [str(i) for i in range(12)]
+    made = remote(handler, parallel=4).replies(asked, SamplingParams())
+    assert [one.text for one in made] == asked and sorted(begun, key=int) == asked
+
+
+def test_an_error_begins_nothing_more() -> None:
+    begun: list[str] = []
+
+    def handler(request: httpx2.Request) -> httpx2.Response:
+        begun.append(json.loads(request.content)["prompt"])
+        return httpx2.Response(400, json={"error": {"message": "too long"}})
+
+    with pytest.raises(UserError, match="400: too long"):
+        remote(handler, parallel=2).replies(["a"] * 1000, SamplingParams())
+    assert len(begun) < 500
+
+
+def test_a_key_is_never_shown() -> None:
+    assert endpoint_key(None, {}) is None
+    assert endpoint_key("KEY", {"KEY": "sk-1\r\n"}) == "sk-1"
+    for value in ("sk-\u00e9-hidden", "sk-1\nhidden", "Bearer hidden", "hidden\x00"):
+        with pytest.raises(UserError, match="--endpoint-key KEY") as error:
+            endpoint_key("KEY", {"KEY": value})
+        assert "hidden" not in str(error.value)
+    with pytest.raises(UserError, match="--endpoint-key") as error:
+        RemoteChat("http://me:hidden@models.example/v1", "m")
+    assert "hidden" not in str(error.value)
 
 
 @pytest.mark.parametrize("endpoint", ["models.example", "ftp://models.example", "/v1", "http://"])
@@ -133,3 +249,9 @@ def test_a_stream_tells_why_it_ended_and_what_went_wrong() -> None:
     assert (end.value.value.text, end.value.value.finish_reason) == ("Hi", "length")
     with pytest.raises(UserError, match="the server is stopping"):
         list(chat.stream([{"role": "user", "content": "fail"}], SamplingParams()))
+
+
+def test_a_stream_that_ends_too_early() -> None:
+    half = 'data: {"choices": [{"text": "Hi", "finish_reason": null}]}\n\n'
+    with pytest.raises(EndpointError, match="broke off"):
+        list(remote(lambda _: httpx2.Response(200, text=half)).stream_reply("Say", SamplingParams()))

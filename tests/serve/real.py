@@ -27,6 +27,7 @@ from fledge.serve.models import Served, load_served
 from fledge.serve.relay import Relay
 from fledge.serve.running import new_server, run
 from fledge.serve.service import Service
+from fledge.serve.turns import Turns
 from fledge.tokenizer.bpe import Tokenizer, train_bpe
 from fledge.web.listening import address_of, listen
 
@@ -101,7 +102,7 @@ class Serving:
 
 
 def load(directory: Path, name: str = "tiny", rows: int = 4, **more: Any) -> Served:
-    options = {"context": None, "answer_tokens": None, "compute_dtype": None, **more}
+    options = {"context": None, "answer_tokens": None, "compute_dtype": None, "turns": Turns(), **more}
     return load_served(name, directory, device=torch.device("cpu"), rows=rows, **options)
 
 

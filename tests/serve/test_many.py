@@ -20,7 +20,7 @@ from fledge.types import SamplingParams
 from .real import Serving, events, load, make_tokenizer, save_random_model, serving
 
 STREAMS = 64
-SECONDS = 30.0
+SECONDS = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def memory_bytes() -> int:
 
 
 @pytest.mark.slow
-def test_64_streams_for_half_a_minute(server: Serving) -> None:
+def test_64_streams_for_a_minute(server: Serving) -> None:
     tokenizer, engine = server.service.models["tiny"].tokenizer, engine_of(server)
     rng = random.Random(0)
     prompts = [tokenizer.encode(f"The cats {i}; Hello") for i in range(STREAMS)]

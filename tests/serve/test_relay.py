@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
 import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 from fledge.errors import UserError
-from fledge.serve.relay import Relay
+from fledge.serve.relay import Endpoint, Relay
+from fledge.serve.running import new_server
+from fledge.web.listening import address_of, listen
 
 from .real import Serving, events, load, make_tokenizer, save_random_model, serving
 
@@ -28,7 +36,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pair(directory: Path) -> Iterator[tuple[Serving, Serving]]:
     """A server that wants a key, and one that passes on to it."""
     with serving(load(directory, "far"), keys=("far-away-key",)) as far:
-        relay = Relay(f"{far.url}/v1", "far-away-key")
+        relay = Relay(Endpoint(f"{far.url}/v1", "far-away-key"))
         with serving(load(directory, "near"), relay=relay) as near:
             yield far, near
 
@@ -62,7 +70,7 @@ def test_who_goes_is_gone_there_too(pair: tuple[Serving, Serving]) -> None:
 
 def test_an_endpoint_that_ends(directory: Path) -> None:
     with serving(load(directory, "far")) as far:
-        relay = Relay(f"{far.url}/v1")
+        relay = Relay(Endpoint(f"{far.url}/v1"))
     with serving(load(directory, "near"), relay=relay) as near:
         response = near.post("/v1/completions", {"model": "far", "prompt": "The"})
         assert response.status_code == 502 and response.json()["error"]["code"] == "bad_gateway"
@@ -81,8 +89,44 @@ def test_an_endpoint_that_breaks_off_in_mid_stream(pair: tuple[Serving, Serving]
     assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "bad_gateway"
 
 
+def test_how_many_at_once_is_the_endpoints_affair(directory: Path) -> None:
+    """It answers none of its requests before all are there."""
+    count, all_there = 120, asyncio.Event()
+    waiting: list[Request] = []
+
+    async def models(request: Request) -> JSONResponse:
+        return JSONResponse({"data": [{"id": "far"}]})
+
+    async def complete(request: Request) -> JSONResponse:
+        waiting.append(request)
+        if len(waiting) == count:
+            all_there.set()
+        await all_there.wait()
+        return JSONResponse({"choices": []})
+
+    async def ask(url: str) -> list[int]:
+        unlimited = httpx2.Limits(max_connections=None)
+        async with httpx2.AsyncClient(base_url=url, timeout=60, limits=unlimited) as client:
+            body = {"model": "far", "prompt": "The"}
+            asked = [client.post("/v1/completions", json=body) for _ in range(count)]
+            return [answer.status_code for answer in await asyncio.gather(*asked)]
+
+    routes = [Route("/v1/models", models), Route("/v1/completions", complete, methods=["POST"])]
+    listening = listen("127.0.0.1", 0)
+    server = new_server(Starlette(routes=routes), 1.0)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])))
+    thread.start()
+    try:
+        with serving(relay=Relay(Endpoint(f"{address_of(listening)}/v1"))) as near:
+            assert asyncio.run(ask(near.url)) == [200] * count
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        listening.close()
+
+
 @pytest.mark.parametrize(("status", "text"), [(404, "{}"), (200, "no JSON"), (200, '{"data": 3}')])
 def test_what_is_no_endpoint(status: int, text: str) -> None:
     transport = httpx2.MockTransport(lambda request: httpx2.Response(status, text=text))
     with pytest.raises(UserError, match="no list of models"):
-        Relay("http://far.example/v1", transport=transport)
+        Endpoint("http://far.example/v1", transport=transport)

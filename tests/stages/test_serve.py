@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ from fledge.tokenizer.bpe import train_bpe
 
 from ..models import save_chain_model
 from ..serve.real import load, serving
+from ..serve.vllm_programs import ROOT, is_there, program, stand_in
 
 TEXT = "\nabcdefghijk"
 
@@ -65,7 +67,8 @@ def test_mistakes(
 @contextmanager
 def started(*flags: object) -> Iterator[tuple[subprocess.Popen[str], httpx2.Client]]:
     """The command as a process, and a client of the address that it prints."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(ROOT), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [sys.executable, "-m", "fledge", "serve", *map(str, flags), "--port", "0"],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -102,6 +105,70 @@ def test_it_serves_until_it_is_told_to_end(model: Path, tmp_path: Path, number: 
     assert "alphabet: " in error
     assert "POST /v1/chat/completions alphabet 200" in error
     assert "Say it" not in error and "the-only-key" not in error
+
+
+def test_mistakes_with_vllm(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--model", model, "--port", 0, "--engine", "vllm", "--vllm"]
+    assert "pip install 'fledge[vllm]'" in mistake(capsys, *asked, "no-such-vllm")
+    path = program(tmp_path, "sys.exit('RuntimeError: no GPU')")
+    assert "ended with exit code 1: RuntimeError: no GPU" in mistake(capsys, *asked, path)
+    for flags in (["--quantize", "int8"], ["--queue", 3], ["--device", "cpu"], ["--vllm-flags=--port 1"]):
+        assert f"{str(flags[0]).partition('=')[0]}" in mistake(capsys, *asked, path, *flags)
+    assert "--vllm: it is for --engine vllm" in mistake(capsys, "--model", model, "--vllm", path)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((model / name).read_text())
+    assert "vLLM cannot serve" in mistake(capsys, "--engine", "vllm", "--vllm", path, "--model", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_vllm_behind_our_page(model: Path, tmp_path: Path, number: int) -> None:
+    """For SIGKILL it is one of its processes that is killed."""
+    flags = ["--engine", "vllm", "--vllm", stand_in(tmp_path), "--weights", "fp32", "--max-tokens", 5]
+    with started("--model", f"first={model}", f"second={model}", *flags) as (process, client):
+        assert "<html" in client.get("/").text
+        names = [one["id"] for one in client.get("/v1/models").json()["data"]]
+        assert names == ["first", "second"]
+        body = {"messages": [{"role": "user", "content": "Say it"}], "temperature": 0}
+        for name in names:
+            answer = client.post("/v1/chat/completions", json={**body, "model": name}).json()
+            assert answer["choices"][0]["message"]["content"] == "abcde"
+        assert process.stderr is not None
+        said = (line.partition(": ")[2] for line in process.stderr)
+        children = [json.loads(next(one for one in said if one.startswith("{"))) for _ in names]
+        shares = [one["called"][one["called"].index("--gpu-memory-utilization") + 1] for one in children]
+        assert shares == ["0.450", "0.450"]
+        if number == signal.SIGKILL:
+            os.kill(children[1]["process"], number)
+        else:
+            process.send_signal(number)
+        error = process.communicate(timeout=60)[1]
+    assert process.returncode == (130 if number == signal.SIGINT else 2)
+    assert not any(is_there(one["process"]) for one in children)
+    assert "Traceback" not in error
+    if number == signal.SIGKILL:
+        assert error.splitlines()[-1].startswith(
+            "fledge serve: error: --model second: vLLM was ended by signal 9"
+        )
+
+
+@pytest.mark.slow
+def test_an_end_while_vllm_loads(model: Path, tmp_path: Path) -> None:
+    path = program(tmp_path, "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)")
+    command = [sys.executable, "-m", "fledge", "serve", "--model", str(model), "--port", "0"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    with subprocess.Popen(
+        [*command, "--engine", "vllm", "--vllm", str(path)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        child = int(next(one for one in process.stderr if one.split()[-1].isdecimal()).split()[-1])
+        assert is_there(child)
+        process.terminate()
+        process.communicate(timeout=30)
+    assert process.returncode == 0 and not is_there(child)
 
 
 def talk(

@@ -1,0 +1,54 @@
+"""Several questions under way at once."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import closing
+
+import pytest
+
+from fledge.engine.at_once import as_they_come
+
+
+def test_all_are_answered_as_they_end() -> None:
+    """The first one ends when all others have."""
+    others = threading.Semaphore(0)
+
+    def ask(number: int) -> int:
+        if number == 0:
+            for _ in range(9):
+                assert others.acquire(timeout=10)
+        else:
+            others.release()
+        if number == 5:
+            raise ValueError("five")
+        return number * number
+
+    answers = list(as_they_come(ask, range(10), 3))
+    assert answers[-1] == (0, 0)
+    (error,) = (answer for place, answer in answers if place == 5)
+    assert isinstance(error, ValueError)
+    found = {place: answer for place, answer in answers if place != 5}
+    assert found == {i: i * i for i in range(10) if i != 5}
+    assert list(as_they_come(ask, [], 3)) == []
+
+
+def test_closing_it_waits_for_nothing() -> None:
+    begun: list[int] = []
+    hanging = threading.Event()
+
+    def ask(number: int) -> None:
+        begun.append(number)
+        if number:
+            hanging.wait(60)
+
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt), closing(as_they_come(ask, range(100), 4)) as answers:
+        assert next(answers) == (0, None)
+        raise KeyboardInterrupt
+    assert len(begun) <= 5 and not hanging.is_set()
+    hanging.set()
+    for thread in threading.enumerate():
+        if thread.daemon and thread.name.endswith("(work)"):
+            thread.join(10)
+    assert len(begun) <= 8 and threading.active_count() <= before
