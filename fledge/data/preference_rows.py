@@ -39,6 +39,22 @@ class Preferences:
             parts.append(f"{len(places):,} {what}{named}")
         return ", ".join(parts)
 
+    def counts(self) -> dict[str, Any]:
+        """For `summary.json`."""
+        return {
+            "pairs": sum(len(prompt.pairs) for prompt in self.prompts),
+            "completions": sum(len(prompt.ids) for prompt in self.prompts),
+            "left_out": {
+                what: {"count": len(places), "first": places[:20]} for what, places in self.left_out.items()
+            },
+        }
+
+    def __str__(self) -> str:
+        good, judged = (sum(map(count, self.labels.values())) for count in (sum, len))
+        pairs = sum(len(prompt.pairs) for prompt in self.prompts)
+        what = f"{good:,} good and {judged - good:,} bad completions" if judged else f"{pairs:,} pairs"
+        return f"{what}; left out: {self.left_out_text()}"
+
 
 def read_pairs(files: Iterable[Path], tokenizer: Tokenizer, max_tokens: int) -> Preferences:
     """Pairs and rankings, these as all their pairs. Raises UserError with file and line."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -12,32 +12,40 @@ R = TypeVar("R")
 
 
 def as_they_come(
-    ask: Callable[[T], R], asked: Sequence[T], parallel: int
-) -> Generator[tuple[int, R | Exception], None, None]:
-    """(place, answer or what `ask` raised) of all that is asked, as they end, with so many under way at once.
+    ask: Callable[[T], R], asked: Iterable[T], parallel: int
+) -> Generator[tuple[T, R | Exception], None, None]:
+    """(what was asked, the answer or what `ask` raised), as they end, with so many under way at once.
 
-    When it is closed, as by Ctrl-C, nothing more is begun. What is under way is not waited for, since a
+    `asked` is gone through as there is room: where it ends early, what is under way is still answered. When
+    this is closed, as by Ctrl-C, nothing more is begun, and what is under way is not waited for, since a
     connection may hang: its thread ends with the process at the latest, and so does the request.
     """
-    left, lock, stopped = enumerate(asked), threading.Lock(), threading.Event()
-    answers: queue.SimpleQueue[tuple[int, R | Exception]] = queue.SimpleQueue()
+    left, lock, stopped = iter(asked), threading.Lock(), threading.Event()
+    answers: queue.SimpleQueue[tuple[T, R | Exception] | None] = queue.SimpleQueue()
 
     def work() -> None:
-        while not stopped.is_set():
-            with lock:
-                taken = next(left, None)
-            if taken is None:
-                return
-            place, one = taken
-            try:
-                answers.put((place, ask(one)))
-            except Exception as error:  # the caller decides what it means
-                answers.put((place, error))
+        try:
+            while not stopped.is_set():
+                with lock:
+                    one = next(left)
+                try:
+                    answers.put((one, ask(one)))
+                except Exception as error:  # the caller decides what it means
+                    answers.put((one, error))
+        except StopIteration:
+            pass
+        finally:
+            answers.put(None)
 
-    for _ in range(min(parallel, len(asked))):
+    for _ in range(parallel):
         threading.Thread(target=work, daemon=True).start()
+    working = parallel
     try:
-        for _ in asked:
-            yield answers.get()
+        while working:
+            answer = answers.get()
+            if answer is None:
+                working -= 1
+            else:
+                yield answer
     finally:
         stopped.set()

@@ -7,27 +7,26 @@ import json
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import httpx2
 
 from fledge.config import Dataclass
+from fledge.engine import answers
 from fledge.engine.at_once import as_they_come
-from fledge.engine.text import TextCompletion, terminal_safe
+from fledge.engine.settings import local_only
+from fledge.engine.text import TextCompletion
 from fledge.errors import UserError
-from fledge.types import FinishReason, Message, SamplingParams
+from fledge.types import Message, SamplingParams
 
 # A text to continue (/completions), or a conversation to answer (/chat/completions).
 Asked = str | Sequence[Message]
 
 TRIES = 4
-# Of a server that says when it has room again; a longer pause than this one is not waited for.
+# Of a server that says when it has room again.
 BUSY_TRIES = 30
-LONGEST_PAUSE_SECONDS = 60.0
 MOST_PARALLEL = 16
-# Too many requests, and what a server says while it starts or restarts.
-PASSING = {408, 425, 429, 500, 502, 503, 504}
 JSON = {"content-type": "application/json"}
 # Settings that the servers of others do not know, or by other names.
 LOCAL_SETTINGS = {
@@ -39,14 +38,6 @@ LOCAL_SETTINGS = {
 class EndpointError(UserError):
     """The endpoint gives no answer to anything: it can't be reached, is out of order, or wants a key. (It may
     refuse one conversation and answer others: that is a plain UserError.)"""
-
-
-@dataclass(frozen=True)
-class RemoteCompletion(TextCompletion):
-    """A completion without ids and log-probabilities: the endpoint does not give them. `tokens` is how many
-    it counts, None if it says nothing of it."""
-
-    tokens: int | None = None
 
 
 class ChatGenerator(Protocol):
@@ -67,8 +58,8 @@ class RemoteChat:
     """Answers conversations with `model` at `endpoint` (as in http://localhost:8000/v1): a `ChatGenerator`.
     Where it is given a text instead of a conversation, it continues it.
 
-    Its completions are `RemoteCompletion`s. What an endpoint cannot do is not asked of it: of the settings,
-    temperature, top_p, max_tokens, seed, stop and the penalties are sent.
+    Its completions have no ids and log-probabilities. What an endpoint cannot do is not asked of it: of the
+    settings, temperature, top_p, max_tokens, seed, stop and the penalties are sent.
     """
 
     def __init__(
@@ -81,6 +72,7 @@ class RemoteChat:
         _check_address(address)
         headers = {"authorization": f"Bearer {key}"} if key else {}
         self.address, self.model, self.parallel, self.sleep = address, model, parallel, sleep
+        self._key = key
         self.reached = False  # whether it has ever answered
         self.client = httpx2.Client(headers=headers, timeout=timeout_seconds, transport=transport)
 
@@ -88,39 +80,31 @@ class RemoteChat:
         """Close the connections."""
         self.client.close()
 
-    def reply(self, asked: Asked, params: SamplingParams) -> RemoteCompletion:
+    def reply(self, asked: Asked, params: SamplingParams) -> TextCompletion:
         """What follows. Raises UserError (EndpointError: see there) when there is none."""
-        body = self._post(asked, params)
-        try:
-            choice = body["choices"][0]
-            text = choice["text"] if isinstance(asked, str) else choice["message"].get("content") or ""
-            if not isinstance(text, str):
-                raise TypeError("its content is no text")
-            return RemoteCompletion(text, [], [], _reason(choice.get("finish_reason")), tokens=_tokens(body))
-        except (KeyError, IndexError, TypeError, AttributeError):
-            what = f"no {'text' if isinstance(asked, str) else 'chat'} completion: {json.dumps(body)[:200]}"
-            raise UserError(f"{self._address(asked)}: the answer is {what}") from None
+        return answers.completion(self._address(asked), self._post(asked, params), self._key)
 
     def replies(self, asked: Sequence[Asked], params: SamplingParams) -> list[TextCompletion]:
         """`params.n` completions for each text or conversation, in their order. Each is a request with a seed
         of its own: few servers know `n`."""
-        wanted = [
-            (one, replace(params, n=1, seed=params.seed + place * params.n + number))
-            for place, one in enumerate(asked) for number in range(params.n)
-        ]  # fmt: skip
+        total = len(asked) * params.n
         made: dict[int, TextCompletion] = {}
-        with closing(as_they_come(lambda one: self.reply(*one), wanted, self.parallel)) as answers:
-            for place, answer in answers:
+
+        def ask(place: int) -> TextCompletion:
+            return self.reply(asked[place // params.n], replace(params, n=1, seed=params.seed + place))
+
+        with closing(as_they_come(ask, range(total), min(total, self.parallel))) as found:
+            for place, answer in found:
                 if isinstance(answer, Exception):
                     raise answer
                 made[place] = answer
-        return [made[place] for place in range(len(wanted))]
+        return [made[place] for place in range(total)]
 
     def stream(self, messages: Sequence[Message], params: SamplingParams) -> Iterator[str]:
         """The next turn piece by piece."""
         return self.stream_reply(messages, params)
 
-    def stream_reply(self, asked: Asked, params: SamplingParams) -> Generator[str, None, RemoteCompletion]:
+    def stream_reply(self, asked: Asked, params: SamplingParams) -> Generator[str, None, TextCompletion]:
         """What follows, piece by piece; the whole is the generator's value. Raises as `reply` does."""
         address, text, reason, whole = self._address(asked), "", None, False
         content = self._request(asked, params, stream=True)
@@ -128,21 +112,21 @@ class RemoteChat:
             with self.client.stream("POST", address, content=content, headers=JSON) as answer:
                 if answer.status_code != 200:
                     answer.read()
-                    raise UserError(_said(address, answer))
+                    raise UserError(answers.refusal(address, answer, self._key))
                 for line in answer.iter_lines():
                     data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
                     if data == "[DONE]":
                         whole = True
                         break
-                    piece, ended = _piece(address, data)
+                    piece, ended = answers.piece(address, data, self._key)
                     text, reason = text + piece, ended or reason
                     if piece:
                         yield piece
         except httpx2.HTTPError as error:
-            raise EndpointError(f"{address}: {_why(error)}") from None
+            raise EndpointError(f"{address}: {answers.why(error)}") from None
         if not whole and reason is None:
             raise EndpointError(f"{address}: the answer broke off before its end")
-        return RemoteCompletion(text, [], [], _reason(reason))
+        return TextCompletion(text, [], [], answers.reason(reason))
 
     def _address(self, asked: Asked) -> str:
         return f"{self.address}/completions" if isinstance(asked, str) else f"{self.address}/chat/completions"
@@ -176,17 +160,18 @@ class RemoteChat:
                 self.reached = True
                 if answer.status_code == 200:
                     return answer.json()
-                problem, passing = _said(address, answer), answer.status_code in PASSING
-                if (wished := _wished_pause(answer)) is not None:
+                problem = answers.refusal(address, answer, self._key)
+                passing = answer.status_code in answers.PASSING
+                if (wished := answers.wished_pause(answer)) is not None:
                     pause, most = wished, BUSY_TRIES
-                if answer.status_code == 500 or not (passing or answer.status_code in (401, 403, 404, 405)):
+                if not answers.refuses_all(answer.status_code):
                     kind = UserError
             except httpx2.HTTPError as error:
                 # An address at which nobody has ever answered is likely wrong.
                 passing = isinstance(error, httpx2.TransportError) and (
                     self.reached or not isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
                 )
-                problem = f"{address}: {_why(error)}"
+                problem = f"{address}: {answers.why(error)}"
             except ValueError:
                 problem = f"{address}: the answer is no JSON; is this an OpenAI endpoint?"
                 passing = False
@@ -199,7 +184,7 @@ class RemoteChat:
 def num_tokens(made: TextCompletion) -> int | None:
     """How many tokens a completion has, the one that ended it left out (an endpoint may count it); None where
     an endpoint does not say it."""
-    return made.tokens if isinstance(made, RemoteCompletion) else len(made.ids)
+    return len(made.ids) if made.ids else made.tokens
 
 
 def check_remote(config: Dataclass, more: Collection[str] = (), known: Collection[str] = ()) -> None:
@@ -210,8 +195,7 @@ def check_remote(config: Dataclass, more: Collection[str] = (), known: Collectio
         raise UserError("--endpoint-key goes with --endpoint URL")
     for field in dataclasses.fields(config) if values["endpoint"] is not None else ():
         if field.name in LOCAL_SETTINGS.union(more).difference(known) and values[field.name] != field.default:
-            flag = f"--{field.name.replace('_', '-')}"
-            raise UserError(f"{flag} goes with a local model; leave it out, or leave out --endpoint")
+            raise local_only(f"--{field.name.replace('_', '-')}")
 
 
 def connect(
@@ -245,57 +229,3 @@ def _check_address(text: str) -> None:
         raise UserError("--endpoint: leave name and password out of the address; --endpoint-key is for keys")
     if url.scheme not in ("http", "https") or not url.host:
         raise UserError(f"--endpoint {text}: not an address; give one as http://localhost:8000/v1")
-
-
-def _said(address: str, answer: httpx2.Response) -> str:
-    """What went wrong, in the server's words if it has some."""
-    try:
-        error = answer.json()["error"]
-        said = error if isinstance(error, str) else error["message"]
-    except (ValueError, KeyError, TypeError):
-        said = answer.text
-    chats = "" if "/chat/" in address else ", or ask in chats: not every server continues texts"
-    hints = {401: "; give a key with --endpoint-key", 404: f"; check address and model{chats}"}
-    return f"{address}: {answer.status_code}: {_short(said)}{hints.get(answer.status_code, '')}"
-
-
-def _piece(address: str, data: str) -> tuple[str, str | None]:
-    """The text of an event, and why it was the last; UserError for an error in the middle of a stream."""
-    try:
-        event = json.loads(data)
-        if "choices" not in event and "error" in event:
-            said = event["error"]["message"] if isinstance(event["error"], dict) else event["error"]
-            raise UserError(f"{address}: {_short(said)}")
-        choice = event["choices"][0]
-        text = choice["text"] if "text" in choice else choice["delta"].get("content")
-        return text or "", choice.get("finish_reason")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        return "", None  # usage and comments
-
-
-def _tokens(body: dict[str, Any]) -> int | None:
-    usage = body.get("usage")
-    count = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    return count if type(count) is int else None
-
-
-def _wished_pause(answer: httpx2.Response) -> float | None:
-    """Seconds until the server wants to be asked again (`Retry-After`)."""
-    try:
-        seconds = float(answer.headers["retry-after"])
-    except (KeyError, ValueError):  # it may be a date, too
-        return None
-    return seconds if 0 <= seconds <= LONGEST_PAUSE_SECONDS else None
-
-
-def _reason(value: object) -> FinishReason:
-    return "length" if value == "length" else "stop"
-
-
-def _short(said: object) -> str:
-    """A server's words as a part of one line, which cannot steer a terminal."""
-    return terminal_safe(" ".join(str(said).split())[:200])
-
-
-def _why(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from fledge.engine.at_once import as_they_come
-from fledge.engine.batch import Progress, _journal, _line
+from fledge.engine.batch import Job, Results, asked_in, read_jobs
 from fledge.engine.remote import Asked, EndpointError, RemoteChat, num_tokens
 from fledge.engine.sampling import validate
-from fledge.engine.settings import ROW_SETTINGS, row_params
+from fledge.engine.settings import ROW_SETTINGS, local_only, row_params
 from fledge.engine.terminal import print_all
 from fledge.engine.text import TextCompletion, terminal_safe
 from fledge.errors import UserError
-from fledge.files import open_binary, parse_json_object
-from fledge.tokenizer.bpe import Tokenizer
 from fledge.types import Message, SamplingParams
 
 # Settings of `fledge generate` that only a model at hand can follow, besides LOCAL_SETTINGS.
@@ -33,11 +30,8 @@ LOCAL_ONLY = {
 REMOTE_ROW_SETTINGS = {
     "temperature", "top_p", "max_tokens", "seed", "stop", "presence_penalty", "frequency_penalty", "n",
 }  # fmt: skip
-
-
-def asked_with(prompt: str, as_chat: bool) -> Asked:
-    """A prompt as what is sent: a user's turn, or the text itself."""
-    return [Message(role="user", content=prompt)] if as_chat else prompt
+# What a row asks for: each is a request of its own, with a seed of its own.
+Requests = Sequence[tuple[Asked, SamplingParams]]
 
 
 def print_remote(chat: RemoteChat, prompts: list[str], as_chat: bool, params: SamplingParams) -> None:
@@ -45,7 +39,7 @@ def print_remote(chat: RemoteChat, prompts: list[str], as_chat: bool, params: Sa
     made if there is one and stdout is a terminal. What is known about them goes to stderr."""
     started = time.perf_counter()
     shown = [prompt if params.echo else "" for prompt in prompts]
-    asked = [asked_with(prompt, as_chat) for prompt in prompts]
+    asked: list[Asked] = [[Message(role="user", content=prompt)] if as_chat else prompt for prompt in prompts]
     if len(asked) * params.n == 1 and sys.stdout.isatty():
         print(terminal_safe(shown[0]), end="", flush=True)
         made = [_print_stream(chat, asked[0], params)]
@@ -74,143 +68,82 @@ def _print_stream(chat: RemoteChat, asked: Asked, params: SamplingParams) -> Tex
             print(terminal_safe(piece), end="", flush=True)
 
 
-@dataclass(frozen=True)
-class RemoteJob:
-    """A row: what it asks for (once for each of `params`), or what is wrong with it."""
+def read_remote_jobs(
+    path: Path, defaults: SamplingParams, as_chat: bool, strict: bool
+) -> list[Job[Requests]]:
+    """`batch.read_jobs` for a model behind an endpoint. A row without a `seed` of its own has seeds from the
+    default one on, which no other such row has."""
+    if defaults.echo:
+        raise UserError("--echo goes with a local model in --batch; leave it out, or leave out --endpoint")
+    before = 0
 
-    where: str
-    row: dict[str, Any]
-    asked: Asked
-    params: list[SamplingParams]
-    error: str | None = None
+    def read(row: Mapping[str, Any], number: int) -> Requests:
+        nonlocal before
+        params = _row_params(row, defaults)
+        asked = asked_in(row, as_chat)
+        if row.get("tools") and not isinstance(asked, str):
+            raise UserError('"tools" go with a local model; leave them out, or leave out --endpoint')
+        first = params.seed + (0 if "seed" in row else before)
+        before += params.n
+        return [(asked, replace(params, n=1, seed=first + sample)) for sample in range(params.n)]
 
-
-def read_remote_jobs(path: Path, defaults: SamplingParams, as_chat: bool, strict: bool) -> list[RemoteJob]:
-    """A job for every line that is not blank, as `batch.read_jobs` reads them. A row without a `seed` of its
-    own has seeds from the default one on, which no other such row has. Raises UserError, with `strict` also
-    for the first bad row."""
-    jobs, before = list[RemoteJob](), 0
-    with open_binary(path) as file:
-        for line_number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where, row = f"{path}:{line_number}", dict[str, Any]()
-            try:
-                row = parse_json_object(line, where)
-                params = _row_params(row, defaults)
-                first = params.seed + (0 if "seed" in row else before)
-                each = [replace(params, n=1, seed=first + number) for number in range(params.n)]
-                jobs.append(RemoteJob(where, row, _asked(row, as_chat), each))
-                before += params.n
-            except UserError as error:
-                message = str(error).removeprefix(f"{where}: ")
-                if strict:
-                    raise UserError(f"{where}: {message}") from None
-                jobs.append(RemoteJob(where, row, "", [], message))
-    if not jobs:
-        raise UserError(f"{path}: no rows in it")
-    return jobs
+    return read_jobs(path, read, strict)
 
 
 def _row_params(row: Mapping[str, Any], defaults: SamplingParams) -> SamplingParams:
     for key, value in row.items():
         if key in ROW_SETTINGS and key not in REMOTE_ROW_SETTINGS and value is not None:
-            raise UserError(f"{key} goes with a local model; leave it out, or leave out --endpoint")
-    # What would need a tokenizer is refused above.
-    params = row_params(row, defaults, cast(Tokenizer, None))
+            raise local_only(key)
+    params = row_params(row, defaults, None)
     validate(params)
     return params
 
 
-def _asked(row: Mapping[str, Any], as_chat: bool) -> Asked:
-    messages, text = row.get("messages"), row.get("prompt")
-    if (messages is None) == (text is None):
-        raise UserError('a row has either "prompt" or "messages"')
-    if text is not None:
-        if not isinstance(text, str):
-            raise UserError(f'"prompt" must be a text, not {text!r}')
-        return asked_with(text, as_chat)
-    if not isinstance(messages, list) or not messages:
-        raise UserError('"messages" must be a list with at least one message')
-    if row.get("tools"):
-        raise UserError('"tools" go with a local model; leave them out, or leave out --endpoint')
-    return messages
+def remote_results(chat: RemoteChat, strict: bool, jobs: Sequence[tuple[int, Requests]]) -> Results:
+    """The completions of each row: `run_batch`'s `make`. A row that the endpoint refuses gets an "error"; an
+    endpoint that answers nothing ends them (EndpointError), as with `strict` the first refusal does. Nothing
+    more is asked then, but what is under way is waited for: it may be paid for."""
+    asked = dict(jobs)
+    made: dict[int, dict[int, TextCompletion]] = {index: {} for index in asked}
+    refused: list[tuple[int, dict[str, Any]]] = []
+    fatal: list[UserError] = []
 
-
-def run_remote_batch(
-    chat: RemoteChat,
-    path: Path,
-    defaults: SamplingParams,
-    as_chat: bool,
-    out: Path,
-    job_id: str,
-    strict: bool,
-    overwrite: bool,
-    progress: Progress,
-) -> dict[str, int]:
-    """`batch.run_batch` with a model behind an endpoint, for the rows of a file. A row that the endpoint
-    refuses gets an "error"; an endpoint that answers nothing ends the command (EndpointError), which then can
-    be run again."""
-    if defaults.echo:
-        raise UserError("--echo goes with a local model in --batch; leave it out, or leave out --endpoint")
-    jobs = read_remote_jobs(path, defaults, as_chat, strict)
-    partial = out.with_name(out.name + ".partial")
-    if out.exists() and not overwrite and not partial.exists():
-        raise UserError(f"{out}: exists already; choose another --out or pass --overwrite")
-    counts = {"rows": len(jobs), "kept": 0, "errors": 0, "tokens": 0}
-    with _journal(partial, job_id, overwrite) as (file, finished):
-        counts["kept"] = len(finished)
-        todo = [index for index in range(len(jobs)) if index not in finished]
-        with closing(_results(chat, jobs, todo)) as results:
-            for index, result in results:
-                if strict and "error" in result:
-                    raise UserError(f"{jobs[index].where}: {result['error']}")
-                file.write(_line({"row": index, "result": result}))
-                file.flush()
-                finished[index] = result
-                counts["tokens"] += sum(made.get("tokens", 0) for made in result.get("completions", []))
-                progress(len(finished), len(jobs), counts["tokens"])
-        counts["errors"] = sum("error" in result for result in finished.values())
-        temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-        with temporary.open("wb") as whole:
-            whole.writelines(_line(finished[index]) for index in range(len(jobs)))
-            whole.flush()
-            os.fsync(whole.fileno())
-        temporary.replace(out)
-        partial.unlink()
-    return counts
-
-
-def _results(
-    chat: RemoteChat, jobs: Sequence[RemoteJob], todo: Sequence[int]
-) -> Generator[tuple[int, dict[str, Any]], None, None]:
-    """(row, result) of every unfinished job as it ends."""
-    for index in todo:
-        if jobs[index].error is not None:
-            yield index, {**jobs[index].row, "error": jobs[index].error}
-    asked = [(index, number) for index in todo for number in range(len(jobs[index].params))]
-    made: dict[int, dict[int, TextCompletion]] = {index: {} for index, _ in asked}
+    def wanted() -> Iterator[tuple[int, int]]:
+        for index, requests in asked.items():
+            for sample in range(len(requests)):
+                if fatal:
+                    return
+                if index in made:  # no other of its requests was refused
+                    yield index, sample
 
     def ask(one: tuple[int, int]) -> TextCompletion:
-        job = jobs[one[0]]
-        return chat.reply(job.asked, job.params[one[1]])
+        try:
+            return chat.reply(*asked[one[0]][one[1]])
+        except UserError as error:
+            if strict or isinstance(error, EndpointError):
+                fatal.append(error)
+            raise
 
-    with closing(as_they_come(ask, asked, chat.parallel)) as answers:
-        for place, answer in answers:
-            index, number = asked[place]
-            if isinstance(answer, EndpointError) or not isinstance(answer, UserError | TextCompletion):
-                raise answer
-            if index not in made:  # another of its completions was refused
+    with closing(as_they_come(ask, wanted(), chat.parallel)) as answers:
+        for (index, sample), answer in answers:
+            if isinstance(answer, EndpointError):
                 continue
             if isinstance(answer, UserError):
-                del made[index]
-                yield index, {**jobs[index].row, "error": str(answer)}
-                continue
-            made[index][number] = answer
-            if len(made[index]) == len(jobs[index].params):
-                found = made.pop(index)
-                completions = [_as_json(found[number]) for number in range(len(found))]
-                yield index, {**jobs[index].row, "completions": completions}
+                if made.pop(index, None) is not None:
+                    refused.append((index, {"error": str(answer)}))
+                    if not strict:
+                        yield refused[-1]
+            elif isinstance(answer, Exception):
+                raise answer
+            elif index in made:
+                made[index][sample] = answer
+                if len(made[index]) == len(asked[index]):
+                    found = made.pop(index)
+                    yield index, {"completions": [_as_json(found[i]) for i in range(len(found))]}
+    if strict:
+        yield from refused
+    if fatal:
+        raise fatal[0]
 
 
 def _as_json(made: TextCompletion) -> dict[str, Any]:

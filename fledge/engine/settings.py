@@ -100,9 +100,17 @@ def read_constraint(
     return constraint(settings)
 
 
-def row_params(row: Mapping[str, Any], defaults: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
+def local_only(name: str) -> UserError:
+    """What is said about a setting that an endpoint cannot follow."""
+    return UserError(f"{name} goes with a local model; leave it out, or leave out --endpoint")
+
+
+def row_params(
+    row: Mapping[str, Any], defaults: SamplingParams, tokenizer: Tokenizer | None
+) -> SamplingParams:
     """The settings of a row of a batch: its own, else the defaults. Keys that are no settings mean nothing
-    here. Raises UserError for a value of a wrong type and for a key that looks like a misspelt setting."""
+    here. Raises UserError for a value of a wrong type, for a key that looks like a misspelt setting, and
+    where there is no tokenizer (the model is behind an endpoint) for a setting that needs one."""
     changes: dict[str, Any] = {}
     for key, value in row.items():
         if key not in ROW_SETTINGS:
@@ -110,9 +118,12 @@ def row_params(row: Mapping[str, Any], defaults: SamplingParams, tokenizer: Toke
                 raise UserError(f"unknown key {key!r}; the nearest setting is {near[0]!r}")
             continue
         changes[key] = _typed(key, value)
-    if "ban" in changes:
+    for key in ("ban", "logit_bias"):
+        if key in changes and tokenizer is None:
+            raise local_only(key)
+    if tokenizer is not None and "ban" in changes:
         changes["banned"] = banned_sequences(changes.pop("ban"), tokenizer)
-    if "logit_bias" in changes:
+    if tokenizer is not None and "logit_bias" in changes:
         changes["logit_bias"] = logit_bias(changes["logit_bias"], tokenizer)
     if "stop_ids" in changes:
         changes["stop_ids"] = (*defaults.stop_ids, *changes["stop_ids"])

@@ -28,7 +28,8 @@ del _CONTROLS[ord("\t")], _CONTROLS[ord("\n")]
 @dataclass(frozen=True)
 class TextCompletion:
     """A completion as text, without the stop string, and the ids and log-probabilities that made it
-    (see `Completion`); all are cut at the same token.
+    (see `Completion`); all are cut at the same token. An endpoint gives no ids: `tokens` is how many it
+    counts then, None if it says nothing of it.
 
     When a stop string cut the text, the last id may hold the text's end and the stop string's start.
     """
@@ -40,6 +41,7 @@ class TextCompletion:
     sampled_logps: list[float] = field(default_factory=list)
     top_logps: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     echoed: list[Token] = field(default_factory=list)
+    tokens: int | None = None
 
 
 def complete(
@@ -116,6 +118,7 @@ def joined(text: TextStream, completion: Completion) -> TextCompletion:
         completion.sampled_logps[:kept],
         completion.top_logps[:kept],
         completion.echoed,
+        kept,
     )
 
 

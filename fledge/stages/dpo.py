@@ -17,13 +17,12 @@ from fledge.data.preference_rows import Preferences, read_judged, read_pairs, st
 from fledge.device import ComputeName, DeviceName, pick_compute_dtype, pick_device
 from fledge.errors import UserError
 from fledge.files import new_directory, sha256, write_json
-from fledge.model.checkpoint import load_model, read_weights
+from fledge.model.checkpoint import read_weights
 from fledge.model.heads import add_blocks
 from fledge.model.lora import TARGETS, LoRA, add_lora, lora_of, parameter_line, read_adapter
 from fledge.model.transformer import CausalLM
 from fledge.run import Run, lineage
 from fledge.tokenizer.bpe import Tokenizer
-from fledge.tokenizer.chat import gives_loss_mask
 from fledge.train.comparisons import Plan, memory_line, steps_of
 from fledge.train.dpo import (
     Objective,
@@ -36,11 +35,12 @@ from fledge.train.dpo import (
     scoring_of,
 )
 from fledge.train.dpo_losses import WITHOUT_REFERENCE, LossName
-from fledge.train.loop import FitConfig, Metrics, fit, last_evaluation
+from fledge.train.loop import FitConfig, fit, last_evaluation
 from fledge.train.optim import make_optimizers
 from fledge.train.parallel import Ranks, joined
 from fledge.train.progress import say
 from fledge.train.saving import save_assistant
+from fledge.train.start import load_start, require_chat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,11 +159,9 @@ def _train(config: Config, ranks: Ranks) -> None:
         save_assistant, model=model, tokenizer=tokenizer, origin=origin, base=config.model, lora=lora
     )
 
-    def evaluate(_step: int) -> Metrics:
-        return held_out_figures(scoring, objective, reference, plan, held)
-
     steps = preference_steps(scoring, objective, reference, plan, train)
-    measure = evaluate if held else None
+    figures = partial(held_out_figures, scoring, objective, reference, plan, held)
+    measure = (lambda _step: figures()) if held else None
     read = read_weights if lora is None else read_adapter
     how = (fit_config, run, write, measure, None, read, ranks, config.loss == "kto")
     done = fit(model, optimizers, steps, objective.loss, *how)
@@ -198,17 +196,8 @@ def _check(config: Config) -> None:
 
 
 def _load(config: Config, tokenizer: Tokenizer, device: torch.device) -> CausalLM:
-    if tokenizer.chat_template is None or not gives_loss_mask(tokenizer):
-        raise UserError(
-            f"{config.model}: its tokenizer has no chat template that marks what the assistant writes; start "
-            "from a model made by `fledge sft`"
-        )
-    model = load_model(config.model).to(device)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{config.model}: its tokenizer has ids that the model lacks; the files are of different models"
-        )
-    model.checkpoint_activations = config.checkpoint_activations
+    require_chat(config.model, tokenizer)
+    model = load_start(config.model, tokenizer, device, config.checkpoint_activations)
     generator = torch.Generator().manual_seed(config.seed)
     if config.new_layers:
         add_blocks(model, config.new_layers, generator)
@@ -285,11 +274,7 @@ def _summary(
         **done,
         "prompts": len(train),
         "held_out": len(held),
-        "pairs": sum(len(prompt.pairs) for prompt in found.prompts),
-        "completions": sum(len(prompt.ids) for prompt in found.prompts),
-        "left_out": {
-            what: {"count": len(places), "first": places[:20]} for what, places in found.left_out.items()
-        },
+        **found.counts(),
         **last_evaluation(run),
     }
 
@@ -304,14 +289,10 @@ def _print_plan(
     memory: str,
 ) -> None:
     train, held = split
-    pairs = sum(len(prompt.pairs) for prompt in found.prompts)
-    good = sum(map(sum, found.labels.values()))
-    judged = sum(map(len, found.labels.values()))
-    what = f"{good:,} good and {judged - good:,} bad completions" if judged else f"{pairs:,} pairs"
     say(
         console,
-        f"{len(train):,} prompts to learn from, {len(held):,} held out; {what}; left out: "
-        f"{found.left_out_text()}\n{parameter_line(model)}; {fit_config.total_steps:,} steps; "
+        f"{len(train):,} prompts to learn from, {len(held):,} held out; {found}\n"
+        f"{parameter_line(model)}; {fit_config.total_steps:,} steps; "
         f"{config.loss}, beta {_beta(config):g}; AdamW, peak rate {_rate(config):.3g}; "
         f"{fit_config.execution}\n{memory}",
     )

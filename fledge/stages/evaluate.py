@@ -118,9 +118,10 @@ def main(config: Config) -> None:
             )
         ]
         sampled = {task.name: _sampled(config, task, ask, judge) for task in tasks}
+    local = config.endpoint is None
     summary = {
         "stage": "evaluate",
-        "model": config.model if config.endpoint is None else f"{config.model} at {config.endpoint}",
+        "model": str(Path(config.model)) if local else f"{config.model} at {config.endpoint}",
         "bits_per_byte": bits,
         "baseline": _baseline(config),
         "questions": {

@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from fledge.config import to_toml
 from fledge.device import pick_device
 from fledge.engine import batch, terminal
-from fledge.engine.choices import choice_logps
-from fledge.engine.constraints import choices_of
 from fledge.engine.draft_models import Speculate, speculation_of
 from fledge.engine.engine import Engine
 from fledge.engine.exact import Budget
+from fledge.engine.local_texts import local_results, print_local, read_local_jobs
 from fledge.engine.products import QuantizeName, WeightsName, weights_type
 from fledge.engine.prompts import read_prompts
 from fledge.engine.remote import check_remote, connect
-from fledge.engine.remote_texts import LOCAL_ONLY, print_remote, run_remote_batch
+from fledge.engine.remote_texts import LOCAL_ONLY, print_remote, read_remote_jobs, remote_results
 from fledge.engine.sampling import validate
-from fledge.engine.search_texts import EarlyStoppingName, Strategy, search_of, search_texts
+from fledge.engine.search_texts import EarlyStoppingName, Strategy, search_of
 from fledge.engine.settings import banned_sequences, logit_bias, read_constraint, split_biases
-from fledge.engine.text import LocalChat, complete_ids, encode_prompt, load_engine, terminal_safe
+from fledge.engine.text import LocalChat, load_engine
 from fledge.errors import UserError
-from fledge.files import sha256
 from fledge.rewards.best_of import best_replies, bound_line
 from fledge.rewards.reward_model import load_judge
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.types import Message, SamplingParams
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,39 +172,10 @@ def main(config: Config) -> None:
         print_best(config, prompts)
         return
     engine, tokenizer, params = load(config)
-    if config.chat:
-        chat = LocalChat(engine, tokenizer)
-        params = chat.until_end_of_turn(params)
-        prompt_ids = [chat.prompt([Message(role="user", content=prompt)]) for prompt in prompts]
-    else:
-        prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    choices = choices_of(params.constraint)
-    if config.show_probabilities and choices is None:
-        raise UserError("--show-probabilities goes with --choices TEXT ...")
-    started = time.perf_counter()
-    found = [] if search is None else search_texts(engine, tokenizer, prompt_ids, params, search)
-    counts = [config.n] * len(prompts) if search is None else list(map(len, found))
-    repeated = [i for i, count in enumerate(counts) for _ in range(count)]
-    shown = [prompts[i] if config.echo else "" for i in repeated]
-    if search is not None:
-        made = [completion for texts in found for completion, _ in texts]
-        terminal.print_all([prompts[i] for i in repeated], shown, made)
-        for i, (_, known) in enumerate(itertools.chain.from_iterable(found), start=1):
-            print(f"{i}: {known}" if len(made) > 1 else known, file=sys.stderr)
-    elif len(repeated) == 1 and sys.stdout.isatty() and config.show_logprobs is None:
-        print(terminal_safe(shown[0]), end="", flush=True)
-        made = [terminal.stream_to_terminal(engine, tokenizer, prompt_ids[0], params)]
-    else:
-        made = complete_ids(engine, tokenizer, prompt_ids, params)
-        terminal.print_all([prompts[i] for i in repeated], shown, made)
-    if config.show_logprobs is not None:
-        for completion in made:
-            terminal.print_logprobs(tokenizer, completion)
-    terminal.print_summary(made, time.perf_counter() - started, terminal.mask_cost(engine))
-    terminal.print_speculation(engine, prompt_ids, params)
-    if config.show_probabilities and choices is not None:
-        scores = choice_logps(engine, tokenizer, prompt_ids, choices, params.stop_ids)
-        terminal.print_probabilities(prompts, choices, scores)
+    print_local(
+        engine, tokenizer, prompts, config.chat, params, search, config.show_logprobs,
+        config.show_probabilities,
+    )  # fmt: skip
 
 
 def print_best(config: Config, prompts: list[str]) -> None:
@@ -263,37 +235,35 @@ def run_batch(config: Config) -> None:
         raise UserError("--batch needs --out FILE.jsonl for the completions")
     if config.out.exists() and config.out.samefile(config.batch):
         raise UserError(f"{config.out}: is the file of --batch itself; choose another --out")
-    started, cost = time.perf_counter(), ""
+    started = time.perf_counter()
     if config.endpoint is not None:
         params = sampling(config)
         model = connect(config.endpoint, config.model, config.endpoint_key, os.environ, config.batch_size)
-        with closing(model), terminal.batch_progress() as progress:
-            counts = run_remote_batch(
-                model, config.batch, params, config.chat, config.out, job_id(config, params), config.strict,
-                config.overwrite, progress,
-            )  # fmt: skip
-    else:
-        engine, tokenizer, params = load(config)
-        jobs = batch.read_jobs(config.batch, engine, tokenizer, params, config.chat, config.strict)
-        with terminal.batch_progress() as progress:
-            counts = batch.run_batch(
-                engine, tokenizer, jobs, config.out, job_id(config, params), config.strict, config.overwrite,
-                progress, config.show_probabilities,
-            )  # fmt: skip
-        cost = terminal.mask_cost(engine)
-    kept = f", {counts['kept']:,} of them from before" if counts["kept"] else ""
-    errors = f", {counts['errors']:,} with an error" if counts["errors"] else ""
-    rate = counts["tokens"] / max(time.perf_counter() - started, 1e-9)
-    print(f"{counts['rows']:,} rows{kept}{errors}; {rate:,.0f} tokens/s{cost}; {config.out}", file=sys.stderr)
-    if config.endpoint is None:
-        terminal.print_speculation(engine, [], params)
+        with closing(model):
+            asked = read_remote_jobs(config.batch, params, config.chat, config.strict)
+            counts = write_rows(config, params, asked, partial(remote_results, model, config.strict))
+        print(batch.summary(counts, time.perf_counter() - started, config.out), file=sys.stderr)
+        return
+    engine, tokenizer, params = load(config)
+    jobs = read_local_jobs(config.batch, engine, tokenizer, params, config.chat, config.strict)
+    make = partial(local_results, engine, tokenizer, config.show_probabilities)
+    counts = write_rows(config, params, jobs, make)
+    seconds, cost = time.perf_counter() - started, terminal.mask_cost(engine)
+    print(batch.summary(counts, seconds, config.out, cost), file=sys.stderr)
+    terminal.print_speculation(engine, [], params)
 
 
-def job_id(config: Config, params: SamplingParams) -> str:
-    """What decides the rows of --out: the input's content, the settings, and the model's files."""
-    assert config.batch is not None
-    settings = replace(config, overwrite=False, batch=None, out=None, device="auto", batch_size=1)
-    files = [] if config.endpoint else sorted(path for path in Path(config.model).iterdir() if path.is_file())
-    stamps = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
-    text = "\n".join([to_toml(settings), repr(params.constraint), *stamps, sha256([config.batch])])
-    return hashlib.sha256(text.encode()).hexdigest()
+def write_rows(
+    config: Config, params: SamplingParams, jobs: Sequence[batch.Job[T]], make: batch.Make[T]
+) -> dict[str, int]:
+    """`batch.run_batch` with the settings' files and a bar. What has no part in the rows may change before
+    the same job goes on."""
+    assert config.batch is not None and config.out is not None
+    model = Path(config.model) if config.endpoint is None else None
+    settings = replace(
+        config, model=str(model or config.model), strict=False, overwrite=False, batch=None, out=None,
+        device="auto", batch_size=1, endpoint_key=None,
+    )  # fmt: skip
+    job = batch.job_id(f"{to_toml(settings)}\n{params.constraint!r}", config.batch, model)
+    with terminal.batch_progress() as progress:
+        return batch.run_batch(jobs, make, config.out, job, config.strict, config.overwrite, progress)

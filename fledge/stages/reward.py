@@ -30,7 +30,7 @@ from fledge.device import ComputeName, DeviceName, pick_compute_dtype, pick_devi
 from fledge.errors import UserError
 from fledge.evals.preferences import accuracy, agreement, examine, pair_rows
 from fledge.files import new_directory, read_json, remove, sha256, write_json, write_text
-from fledge.model.checkpoint import load_model, read_weights
+from fledge.model.checkpoint import read_weights
 from fledge.model.heads import RewardModel, add_blocks
 from fledge.model.lora import TARGETS, LoRA, add_lora, lora_of, parameter_line, read_adapter
 from fledge.model.transformer import CausalLM
@@ -44,6 +44,7 @@ from fledge.train.optim import make_optimizers
 from fledge.train.parallel import Ranks, joined
 from fledge.train.preference_losses import preference_loss
 from fledge.train.progress import say
+from fledge.train.start import load_start
 
 # Prompts to learn from, and held-out ones.
 Split = tuple[list[Comparison], list[Comparison]]
@@ -194,12 +195,7 @@ def _check(config: Config) -> None:
 
 def _load(config: Config, tokenizer: Tokenizer, device: torch.device) -> RewardModel:
     """The assistant with a new head, the same for every run with this seed."""
-    language_model = load_model(config.model).to(device)
-    if tokenizer.vocab_size > language_model.config.vocab_size:
-        raise UserError(
-            f"{config.model}: its tokenizer has ids that the model lacks; the files are of different models"
-        )
-    language_model.checkpoint_activations = config.checkpoint_activations
+    language_model = load_start(config.model, tokenizer, device, config.checkpoint_activations)
     generator = torch.Generator().manual_seed(config.seed)
     if config.new_layers:
         add_blocks(language_model, config.new_layers, generator)

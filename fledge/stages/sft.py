@@ -18,7 +18,7 @@ from fledge.data.packing import ConversationRows
 from fledge.device import ComputeName, DeviceName, pick_compile, pick_compute_dtype, pick_device
 from fledge.errors import UserError
 from fledge.files import new_directory, sha256, write_json
-from fledge.model.checkpoint import load_model, read_weights
+from fledge.model.checkpoint import read_weights
 from fledge.model.embeddings import add_token_rows
 from fledge.model.lora import TARGETS, add_lora, lora_of, parameter_line, read_adapter
 from fledge.model.transformer import CausalLM
@@ -33,6 +33,7 @@ from fledge.train.optim import OptimizerName, make_optimizers
 from fledge.train.parallel import Ranks, joined
 from fledge.train.progress import say
 from fledge.train.saving import save_assistant
+from fledge.train.start import load_start
 from fledge.types import SamplingParams
 
 
@@ -121,8 +122,8 @@ def _train(config: Config, ranks: Ranks) -> None:
         say(console, f"{config.out}: finished already; the model is {run.model}")
         return
     device = pick_device(config.device)
-    model = load_model(config.model).to(device)
-    _fit_vocabulary(console, config, base, fitted, model)
+    model = load_start(config.model, base, device, config.checkpoint_activations)
+    _fit_vocabulary(console, config, fitted, model)
     lora = lora_of(config.lora_rank, config.lora_alpha, config.lora_targets)
     if lora is not None:
         add_lora(model, lora, torch.Generator().manual_seed(config.seed))
@@ -138,7 +139,6 @@ def _train(config: Config, ranks: Ranks) -> None:
     batch_rows = max(1, config.batch_tokens // row_tokens)
     fit_config = _fit_config(config, model, rows, batch_rows, device)
     memory = _check_memory(config, model, batch_rows, row_tokens, fit_config, ranks)
-    model.checkpoint_activations = config.checkpoint_activations
     rates = (config.matrix_lr, config.adam_lr, config.weight_decay)
     optimizers = make_optimizers(model, config.optimizer, *rates)
     if best_of is None:
@@ -223,15 +223,9 @@ def _inputs(config: Config, tokenizer: Tokenizer) -> dict[str, str]:
     return {"the model": weights, "the tokenizer": tokenizer.fingerprint(), "the data": sha256([config.data])}
 
 
-def _fit_vocabulary(
-    console: Console, config: Config, base: Tokenizer, fitted: ChatTokenizer, model: CausalLM
-) -> None:
+def _fit_vocabulary(console: Console, config: Config, fitted: ChatTokenizer, model: CausalLM) -> None:
     """Rows for the tokens that chats need and the base lacks."""
     before = model.config.vocab_size
-    if base.vocab_size > before:
-        raise UserError(
-            f"{config.model}: its tokenizer has ids that the model lacks; the files are of different models"
-        )
     add_token_rows(model, fitted.added.values(), torch.Generator().manual_seed(config.seed))
     if fitted.added and config.lora_rank is not None:
         raise UserError(f"--lora-rank trains no embeddings, and {config.model} lacks the tokens of chats")

@@ -13,15 +13,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fledge.errors import UserError
-from fledge.model.checkpoint import load_model, load_reward_model, read_file
+from fledge.model.checkpoint import load_reward_model, read_file
 from fledge.model.heads import RewardModel
 from fledge.model.lora import LoRA, add_lora, trained_parameters
 from fledge.model.transformer import CausalLM
 from fledge.rewards.reward_model import offset_of
 from fledge.tokenizer.bpe import Tokenizer
-from fledge.tokenizer.chat import gives_loss_mask
 from fledge.train.rollout import Padded, reference_scores, token_scores
+from fledge.train.start import load_start, require_chat
 
 VALUE_WEIGHTS = "value.safetensors"
 
@@ -107,18 +106,9 @@ def load_policy(
 ) -> CausalLM:
     """The model to begin with. Raises UserError if it cannot chat and is not to continue plain text, or if
     the tokenizer is another model's."""
-    if not plain and (tokenizer.chat_template is None or not gives_loss_mask(tokenizer)):
-        raise UserError(
-            f"{directory}: its tokenizer has no chat template that marks what the assistant writes; start "
-            "from a model made by `fledge sft`, or pass --plain to continue prompts as plain text"
-        )
-    model = load_model(directory).to(device)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{directory}: its tokenizer has ids that the model lacks; the files are of different models"
-        )
-    model.checkpoint_activations = checkpointed
-    return model
+    if not plain:
+        require_chat(directory, tokenizer, ", or pass --plain to continue prompts as plain text")
+    return load_start(directory, tokenizer, device, checkpointed)
 
 
 def save_critic(directory: Path, actor: ActorCritic) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
@@ -52,3 +53,21 @@ def test_closing_it_waits_for_nothing() -> None:
         if thread.daemon and thread.name.endswith("(work)"):
             thread.join(10)
     assert len(begun) <= 8 and threading.active_count() <= before
+
+
+def test_what_is_under_way_is_answered_when_the_questions_end() -> None:
+    """Three are under way when the first one says that it was the last."""
+    together, ended = threading.Barrier(3), threading.Event()
+
+    def questions() -> Iterator[int]:
+        for number in range(100):
+            if ended.is_set():
+                return
+            yield number
+
+    def ask(number: int) -> int:
+        together.wait(10)
+        ended.set()
+        return number
+
+    assert sorted(as_they_come(ask, questions(), 3)) == [(0, 0), (1, 1), (2, 2)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 from fledge.engine import batch
-from fledge.engine.batch import read_jobs, run_batch
+from fledge.engine.batch import run_batch, summary
 from fledge.engine.engine import Engine
+from fledge.engine.local_texts import local_results, read_local_jobs
 from fledge.engine.text import LocalChat, complete_ids, encode_prompt
 from fledge.errors import UserError
 from fledge.model.transformer import CausalLM
@@ -53,8 +55,9 @@ def source(tmp_path: Path) -> Path:
 def run(
     source: Path, out: Path, engine: Engine, tokenizer: Tokenizer, strict: bool = False, **more: Any
 ) -> dict[str, int]:
-    jobs = read_jobs(source, engine, tokenizer, DEFAULTS, False, strict)
-    return run_batch(engine, tokenizer, jobs, out, "job", strict, **more)
+    jobs = read_local_jobs(source, engine, tokenizer, DEFAULTS, False, strict)
+    make = partial(local_results, engine, tokenizer, False)
+    return run_batch(jobs, make, out, "job", strict, **more)
 
 
 def test_rows_in_the_inputs_order(source: Path, tmp_path: Path, engine: Engine, tokenizer: Tokenizer) -> None:
@@ -167,8 +170,43 @@ def test_what_is_there_is_not_overwritten(
     assert journal.read_bytes() == before
     assert run(source, out, engine, tokenizer, overwrite=True)["kept"] == 0
     assert out.stat().st_size == pytest.approx(len(expected), abs=20)
-    with batch._journal(journal, "job", False), pytest.raises(UserError, match="another command"):
+    with batch.journal(journal, "job", False), pytest.raises(UserError, match="another command"):
         run(source, out, engine, tokenizer, overwrite=True)
+
+
+def test_rows_of_an_earlier_job_get_new_results(tmp_path: Path, engine: Engine, tokenizer: Tokenizer) -> None:
+    """As the rows with an error do, asked again."""
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [{"prompt": "a", "error": "busy", "id": 7}, {"question": "?", "completions": [{"text": "old"}]}]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(source, out, engine, tokenizer)["errors"] == 1
+    made = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [sorted(row) for row in made] == [["completions", "id", "prompt"], ["error", "question"]]
+    source.write_text(json.dumps(rows[0]))
+    assert run(source, out, engine, tokenizer, strict=True, overwrite=True)["errors"] == 0
+
+
+def test_strict_tries_again_what_failed_before(
+    source: Path, tmp_path: Path, engine: Engine, tokenizer: Tokenizer
+) -> None:
+    source.write_text('{"prompt": "a"}\n{"prompt": "' + "x" * 200 + '"}\n{"prompt": "b"}\n')
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(Killed):
+        run(source, out, engine, tokenizer, progress=killed_after(2))
+    assert "error" in (tmp_path / "out.jsonl.partial").read_text()
+    with pytest.raises(UserError, match=r"in\.jsonl:2: the prompt has 200 tokens"):
+        run(source, out, engine, tokenizer, strict=True)
+    assert run(source, out, engine, tokenizer)["errors"] == 1
+
+
+def test_a_summary_names_what_there_is() -> None:
+    counts = {"rows": 1200, "kept": 0, "errors": 0, "tokens": 3000}
+    assert summary(counts, 2.0, Path("out.jsonl"), ", 5 µs a mask") == (
+        "1,200 rows; 1,500 tokens/s, 5 µs a mask; out.jsonl"
+    )
+    uncounted = {"rows": 3, "kept": 2, "errors": 1, "tokens": 0}
+    expected = "3 rows, 2 of them from before, 1 with an error; out.jsonl"
+    assert summary(uncounted, 2.0, Path("out.jsonl")) == expected
 
 
 def test_strict_ends_at_the_first_bad_row(

@@ -210,6 +210,41 @@ def test_a_key_is_never_shown() -> None:
     assert "hidden" not in str(error.value)
 
 
+def test_a_key_that_a_server_repeats_is_not_shown() -> None:
+    """Not even a part of it, where its words are cut."""
+    key = "sk-" + "hidden" * 50
+    words = "x" * 150 + f" {key} is no key"
+    said = [
+        httpx2.Response(401, json={"error": {"message": words}}),
+        httpx2.Response(400, text=words),
+        httpx2.Response(200, json={"error": words}),
+        httpx2.Response(307, headers={"location": f"/login?key={key}"}),
+    ]
+    for answer in said:
+        with pytest.raises(UserError, match="the key") as error:
+            remote(lambda _, answer=answer: answer, key=key).reply(ASKED, SamplingParams())
+        assert "hidden" not in str(error.value)
+    event = f"data: {json.dumps({'error': {'message': words}})}\n\n"
+    for answer in (httpx2.Response(200, text=event), httpx2.Response(400, text=words)):
+        with pytest.raises(UserError, match="the key") as error:
+            list(remote(lambda _, answer=answer: answer, key=key).stream(ASKED, SamplingParams()))
+        assert "hidden" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (httpx2.Response(402, json={"error": {"message": "no credit"}}), "402: no credit"),
+        (httpx2.Response(308, headers={"location": "https://models.example/v1"}), "https://models.*another"),
+        (httpx2.Response(204), "204: No Content"),
+    ],
+)
+def test_what_every_request_would_get_is_the_endpoints(answer: httpx2.Response, message: str) -> None:
+    """So that a batch ends there, and can go on later."""
+    with pytest.raises(EndpointError, match=message):
+        remote(lambda _: answer).reply(ASKED, SamplingParams())
+
+
 @pytest.mark.parametrize("endpoint", ["models.example", "ftp://models.example", "/v1", "http://"])
 def test_an_address_that_is_none(endpoint: str) -> None:
     with pytest.raises(UserError, match="--endpoint"):

@@ -104,3 +104,12 @@ def test_flags(tokenizer: Tokenizer) -> None:
         tuple(tokenizer.encode(" a")),
         tuple(tokenizer.encode("a")),
     )
+
+
+def test_what_needs_a_tokenizer_is_refused_without_one() -> None:
+    row = {"prompt": "x", "temperature": 1, "stop": "end", "stop_ids": [6], "choices": ["a", "b"]}
+    params = row_params(row, DEFAULTS, None)
+    assert (params.temperature, params.stop, params.stop_ids) == (1.0, ("end",), (5, 6))
+    for name, value in {"ban": "cats", "logit_bias": {"12": -100}}.items():
+        with pytest.raises(UserError, match=f"^{name} goes with a local model"):
+            row_params({**row, name: value}, DEFAULTS, None)

@@ -50,7 +50,7 @@ def test_bits_per_byte(base_run: Path, tmp_path: Path) -> None:
     documents = ["the quick brown fox", "été " * 5, "birds<|endoftext|>"]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
     summary = evaluate(
-        tmp_path / "out", "--model", str(base_run / "model"), "--data", f"[/x]={tmp_path}/a.jsonl"
+        tmp_path / "out", "--model", f"{base_run}/model/", "--data", f"[/x]={tmp_path}/a.jsonl"
     )
     assert summary["bits_per_byte"] == {
         "[/x]": pytest.approx(bits_by_hand(base_run / "model", documents), rel=1e-4)

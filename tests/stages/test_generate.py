@@ -256,6 +256,18 @@ def test_a_batch(model: Path, random_model: Path, tmp_path: Path, capsys: Captur
     assert capsys.readouterr().out == "".join(text + "\n" for text in texts)
 
 
+def test_a_batch_goes_on_without_strict(random_model: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Nor does it matter how the model's directory is written."""
+    rows = [{"prompt": prompt} for prompt in ("a", "b", "c", "d", "x " * 3000)]
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--batch", str(source), "--out", str(out), "--max-tokens", "2", "--batch-size", "1"]
+    assert main(["generate", "--model", f"{random_model}/", *flags, "--strict"]) == 2
+    assert "in.jsonl:5: " in capsys.readouterr().err
+    assert main(["generate", "--model", str(random_model), *flags]) == 0
+    assert " of them from before, 1 with an error; " in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_batch_goes_on_after_kill_9(random_model: Path, tmp_path: Path) -> None:
     source, whole, out = tmp_path / "in.jsonl", tmp_path / "whole.jsonl", tmp_path / "out.jsonl"

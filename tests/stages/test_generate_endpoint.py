@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -212,35 +212,84 @@ def test_a_stream_that_breaks_off(capsys: Capture, monkeypatch: pytest.MonkeyPat
     assert printed.out.startswith("Hi") and "broke off" in printed.err and printed.err.count("\n") == 1
 
 
-def test_an_endpoint_that_goes_leaves_what_is_done(tmp_path: Path, capsys: Capture) -> None:
-    """It refuses everything for a moment, twice; the same command goes on with what is left."""
+def batch_of(path: Path, rows: list[dict[str, Any]]) -> list[object]:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--batch", path, "--out", path.with_suffix(".out")]
+
+
+def texts_of(path: Path) -> list[list[str]]:
+    rows = [json.loads(line) for line in path.with_suffix(".out").read_text().splitlines()]
+    return [[one["text"] for one in row.get("completions", [])] for row in rows]
+
+
+@pytest.mark.parametrize("parallel", [1, 5])
+def test_an_endpoint_that_goes_leaves_what_is_done(
+    parallel: int, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It refuses everything for a moment, twice; the same command, be it with another key, goes on with what
+    is left: nothing that was answered is asked again."""
     refusing, asked = {"p11", "p22"}, list[str]()
 
     async def some(request: Request) -> Response:
-        try:
-            prompt = (await request.json())["prompt"]
-        except ClientDisconnect:  # the command has ended
-            return Response()
+        prompt = (await request.json())["prompt"]
         if prompt in refusing:
             refusing.remove(prompt)
             return JSONResponse({"error": {"message": "paid for no more"}}, 403)
+        if prompt in ("p10", "p12"):  # under way with p11, and answered later
+            await asyncio.sleep(0.3)
         asked.append(prompt)
         return JSONResponse({"choices": [{"text": prompt.upper(), "finish_reason": "stop"}]})
 
-    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    prompts = [f"p{i}" for i in range(30)]
-    source.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    source, prompts = tmp_path / "in.jsonl", [f"p{i}" for i in range(30)]
     with on_a_port(answering(some)) as url:
-        flags = ["--model", "m", "--endpoint", f"{url}/v1", "--batch", source, "--out", out]
-        for _ in range(2):
-            assert generate(*flags, "--batch-size", 1) == 2
+        flags = ["--model", "m", "--endpoint", f"{url}/v1", "--batch-size", parallel]
+        flags += batch_of(source, [{"prompt": prompt} for prompt in prompts])
+        for name in ("FIRST", "SECOND"):
+            monkeypatch.setenv(name, KEY)
+            assert generate(*flags, "--endpoint-key", name) == 2
             error = capsys.readouterr().err
-            assert "403: paid for no more" in error and error.count("\n") == 1 and not out.exists()
+            assert "403: paid for no more" in error and error.count("\n") == 1
+            assert not source.with_suffix(".out").exists()
+        kept = len(asked)
         assert generate(*flags) == 0
-        assert "30 rows, 22 of them from before" in capsys.readouterr().err
-    assert set(asked) == set(prompts) and all(asked.count(prompt) == 1 for prompt in prompts[:11])
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["completions"][0]["text"] for row in rows] == [prompt.upper() for prompt in prompts]
+        error = capsys.readouterr().err
+        assert f"30 rows, {kept} of them from before; {tmp_path}" in error  # no tokens: they are not counted
+    assert sorted(asked) == sorted(prompts) and texts_of(source) == [[prompt.upper()] for prompt in prompts]
+
+
+def test_a_refused_row_costs_nothing_more(tmp_path: Path, capsys: Capture) -> None:
+    """Neither its other samples, nor with --strict those of others: they end, and are kept."""
+    asked = list[str]()
+
+    async def some(request: Request) -> Response:
+        prompt = (await request.json())["prompt"]
+        asked.append(prompt)
+        if prompt == "bad":
+            return JSONResponse({"error": {"message": "no such text"}}, 400)
+        await asyncio.sleep(0.2 if prompt == "slow" else 0)
+        return JSONResponse({"choices": [{"text": prompt.upper(), "finish_reason": "stop"}]})
+
+    source = tmp_path / "in.jsonl"
+    rows = [{"prompt": "slow"}, {"prompt": "bad", "n": 200}, *[{"prompt": "a"}] * 40]
+    with on_a_port(answering(some)) as url:
+        flags = ["--model", "m", "--endpoint", f"{url}/v1", "--batch-size", 2, *batch_of(source, rows)]
+        assert generate(*flags, "--strict") == 2
+        error = capsys.readouterr().err
+        assert f"{source}:2: " in error and "400: no such text" in error and error.count("\n") == 1
+        assert sorted(asked) == ["bad", "slow"]
+        journal = Path(f"{source.with_suffix('.out')}.partial").read_text().splitlines()
+        assert [json.loads(line)["row"] for line in journal[1:]] == [0]
+        assert generate(*flags) == 0
+        assert "42 rows, 1 of them from before, 1 with an error" in capsys.readouterr().err
+    assert texts_of(source) == [["SLOW"], [], *[["A"]] * 40]
+    assert 2 <= asked.count("bad") < 100 and (asked.count("slow"), asked.count("a")) == (1, 40)
+
+
+def test_tools_of_a_chat_are_refused(far: list[str], tmp_path: Path, capsys: Capture) -> None:
+    source = tmp_path / "in.jsonl"
+    flags = batch_of(source, [{"prompt": "Well?", "tools": [{"type": "function"}]}])
+    assert generate(*far, *flags, "--chat", "--strict") == 2
+    assert '"tools" go with a local model' in capsys.readouterr().err
 
 
 @pytest.mark.slow
