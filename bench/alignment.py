@@ -242,7 +242,7 @@ def our_grpo(turns: Turns) -> None:
     World.read = turns.clocked("scoring", World.read)  # type: ignore[method-assign]
     stage = Config(
         model=Path(), prompts=(), reward=(), rollouts=10**6, batch_prompts=GROUPS, samples=SAMPLES,
-        max_tokens=NEW_TOKENS, epochs=1, minibatches=1, beta=BETA,
+        max_tokens=NEW_TOKENS, epochs=1, minibatches=1, beta=BETA, adam_lr=3e-5,
     )  # fmt: skip
     settings = Settings(**{field.name: getattr(stage, field.name) for field in fields(Settings)})
     dtype = pick_compute_dtype(torch.device("cpu"), stage.compute)

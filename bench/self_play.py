@@ -1,6 +1,6 @@
 """Tic-tac-toe: imitation of a weak player, self-play from there, and self-play alone, each by seed.
 
-    python bench/self_play.py [--seeds 0 1 2] [--rollouts 24] [--out DIR]
+    python bench/self_play.py [--seeds 0 1 2] [--rollouts 12] [--out DIR]
 
 A model of 0.4 million parameters learns the notation and the rules, once, from games of random moves (`fledge
 pretrain`). From there, for each seed, on one way it learns to imitate recorded games of a weak player
@@ -71,10 +71,8 @@ def self_play(model: Path, out: Path, seed: int, rollouts: int, evaluations: int
     """Play, and what came of it: the curve by roll-outs, and the last figures."""
     command(
         "grpo", "--game", "tictactoe-cells", "--model", f"{model}", "--out", f"{out}", "--rollouts",
-        str(rollouts), "--batch-prompts", "64", "--samples", "8", "--epochs", "1",
-        "--minibatches", "2", "--max-tokens", "4", "--adam-lr", "5e-4", "--beta", "0.05", "--warmup-steps",
-        "6", "--decay-share", "0.5", "--decode-rows", "512", "--evaluations", str(evaluations), "--seed",
-        str(seed), *OWN,
+        str(rollouts), "--decay-share", "0.5", "--decode-rows", "512", "--evaluations", str(evaluations),
+        "--seed", str(seed), *OWN,
     )  # fmt: skip
     rows = [row for _, row in read_jsonl(out / "metrics.jsonl") if "validation" in row]
     steps = max(1, rows[-1]["step"])
@@ -108,8 +106,8 @@ def won_against_random(player: Player) -> float:
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rollouts", type=int, default=24)
-    parser.add_argument("--evaluations", type=int, default=2)
+    parser.add_argument("--rollouts", type=int, default=12)
+    parser.add_argument("--evaluations", type=int, default=4)
     parser.add_argument("--games", type=int, default=500, help="recorded games that are imitated")
     parser.add_argument("--rules", type=Path, help="a model that knows the rules, instead of training one")
     parser.add_argument("--out", type=Path, help="where the runs go; by default a temporary folder")

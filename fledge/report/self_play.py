@@ -49,7 +49,7 @@ def self_play_chart(found: Sequence[Mapping[str, Any]], key: str, levels: Mappin
         axes.set_ylim(top=1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel("roll-outs of self-play")
-    axes.legend(loc="lower left" if key == "lost" else "lower right")
+    axes.legend(loc="upper right" if key == "lost" else "lower right")
     svg = to_svg(figure, f"self-play-{key.replace('_', '-')}", f"Line chart, {title}: {'; '.join(said)}.")
     return Chart(title, note, svg)
 

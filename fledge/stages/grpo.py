@@ -36,6 +36,17 @@ from fledge.train.self_play import game_prompts, play_figures, self_play_reward
 # Squares are averaged over a hundred steps: those of a policy's gradient are few and uneven. Gradients of
 # tokens that are hardly ever sampled are below eps, so that they are not blown up to full steps.
 ADAM = {"betas": (0.9, 0.99), "eps": 1e-8}
+# What a setting is that is left open: with prompts, and in a game.
+OPEN: dict[str, tuple[float, float]] = {
+    "rollouts": (200, 24),
+    "batch_prompts": (32, 4520),
+    "samples": (8, 4),
+    "max_tokens": (128, 4),
+    "minibatches": (2, 32),
+    "beta": (0.0, 0.3),
+    "matrix_lr": (0.0, 0.007),
+    "adam_lr": (3e-5, 1e-3),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,21 +60,23 @@ class Config:
     reward: tuple[str, ...] = ()
     """A verifier, `file.py:function` or a reward model's directory; several are summed, as in 0.9*exact."""
     game: Literal["tictactoe", "tictactoe-cells"] | None = None
-    """Instead of both: learn a game from playing against itself; its boards in rows, or as +15-39."""
+    """Instead of both: learn a game from playing against itself; its boards in rows, or as +15-39. It has
+    other defaults."""
     reward_as_text: bool = False
     """Let a reward model read conversations as text, in its own template: for another tokenizer."""
     out: Path = Path("runs/grpo")
     """Run directory; the same command again resumes it."""
     plain: bool = False
     """Continue prompts as plain texts, to the end of the document: for a base model."""
-    rollouts: int = 200
-    """How many times to sample groups and learn from them."""
-    batch_prompts: int = 32
-    """Groups of a roll-out: prompts."""
-    samples: int = 8
-    """Completions of a group."""
-    max_tokens: int = 128
-    """Longest completion; prompts that leave less room in the model's context are left out."""
+    rollouts: int | None = None
+    """How many times to sample groups and learn from them; by default 200, in a game 24."""
+    batch_prompts: int | None = None
+    """Groups of a roll-out: prompts; by default 32, in a game all its boards, 4520."""
+    samples: int | None = None
+    """Completions of a group; by default 8, in a game 4."""
+    max_tokens: int | None = None
+    """Longest completion, by default 128, in a game 4; prompts that leave less room in the model's context
+    are left out."""
     temperature: float = 1.0
     """Randomness of the sampling; log-probabilities are taken at the same one."""
     advantage: Advantage = "grpo"
@@ -76,22 +89,26 @@ class Config:
     """Score of a completion that does not end within --max-tokens; by default what the reward gives it."""
     epochs: int = 2
     """How often each roll-out is learned from."""
-    minibatches: int = 2
-    """Optimizer steps of an epoch."""
+    minibatches: int | None = None
+    """Optimizer steps of an epoch; by default 2, in a game 32."""
     micro_batch_tokens: int = 16_384
     """Most tokens in memory at once, padding included; larger minibatches are accumulated."""
     decode_rows: int = 64
     """Most completions that are sampled at once."""
-    beta: float = 0.0
-    """Price of a nat of KL to the reference (k3 of each token), in the loss."""
+    beta: float | None = None
+    """Price of a nat of KL to the reference (k3 of each token), in the loss; by default 0, in a game 0.3."""
     clip: float = 0.2
     """How far below 1 a probability ratio may move before its gradient stops."""
     clip_high: float | None = None
     """How far above 1; by default as far as below. 0.28 keeps rare tokens alive (DAPO)."""
     stop_kl: float | None = None
     """Stop when the KL of a roll-out (nats a completion) is above this."""
-    adam_lr: float = 3e-5
-    """AdamW's peak learning rate: about a tenth of that at which the model last learned."""
+    adam_lr: float | None = None
+    """AdamW's peak learning rate: about a tenth of that at which the model last learned; by default 3e-5, in
+    a game 1e-3."""
+    matrix_lr: float | None = None
+    """Muon's peak rate, for the matrices inside the blocks; 0: AdamW learns them too. By default 0, in a game
+    0.007."""
     weight_decay: float = 0.0
     """Decoupled weight decay of all matrices."""
     warmup_steps: int = 10
@@ -130,8 +147,11 @@ class Config:
 
 def main(config: Config) -> None:
     """Train to the end, or go on where an interrupted run stopped."""
+    filled = {
+        name: pair[config.game is not None] for name, pair in OPEN.items() if getattr(config, name) is None
+    }
     with joined(config.device) as ranks:
-        _train(config, ranks)
+        _train(replace(config, **filled), ranks)  # type: ignore[arg-type]
 
 
 def _train(config: Config, ranks: Ranks) -> None:
@@ -146,19 +166,21 @@ def _train(config: Config, ranks: Ranks) -> None:
         return
     device = pick_device(config.device)
     policy = load_policy(config.model, tokenizer, config.plain, device, config.checkpoint_activations)
-    room = policy.config.max_position_embeddings - config.max_tokens
+    room = policy.config.max_position_embeddings - settings.max_tokens
     prompts = _prompts(config, tokenizer, room)
-    longest = prompts.longest + config.max_tokens
+    longest = prompts.longest + settings.max_tokens
     world = replace(_world(config, lora, tokenizer, policy, settings, longest), ranks=ranks)
     if config.game is not None:
-        world = replace(world, rewards=[self_play_reward(world, prompts.train)], judges_apart=False)
-    optimizers = make_optimizers(policy, "adamw", 1.0, config.adam_lr, config.weight_decay)
-    for group in optimizers[0].param_groups:
+        itself = [self_play_reward(world, prompts.train)]
+        world = replace(world, rewards=itself, judges_apart=False, keeps_equal=False)
+    rates = (config.matrix_lr or 1.0, config.adam_lr or 0.0, config.weight_decay)
+    optimizers = make_optimizers(policy, "muon" if config.matrix_lr else "adamw", *rates)
+    for group in optimizers[-1].param_groups:
         group |= ADAM
     fit_config = FitConfig.of(
         config,
         label="grpo",
-        total_steps=config.rollouts * settings.updates,
+        total_steps=settings.rollouts * settings.updates,
         compute_dtype=world.compute_dtype,
         validation_unit="(minus the held-out score)" if config.game is None else "(share of lines lost)",
     )
@@ -257,9 +279,10 @@ def _summary(
 def _print_plan(
     console: Console, config: Config, policy: CausalLM, prompts: Prompts, plan: FitConfig, memory: str
 ) -> None:
+    muon = f"Muon, peak rate {config.matrix_lr:.3g}, and " if config.matrix_lr else ""
     say(
         console,
         f"{prompts}\n{config.rollouts:,} roll-outs of {config.batch_prompts:,} groups of {config.samples:,} "
         f"completions, {plan.total_steps:,} steps; rewards: {', '.join(config.reward) or 'self-play'}\n"
-        f"{parameter_line(policy)}; AdamW, peak rate {config.adam_lr:.3g}; {plan.execution}\n{memory}",
+        f"{parameter_line(policy)}; {muon}AdamW, peak rate {config.adam_lr:.3g}; {plan.execution}\n{memory}",
     )

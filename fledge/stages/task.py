@@ -16,13 +16,13 @@ from fledge.engine.text import LocalChat, load_engine
 from fledge.errors import UserError
 from fledge.evals.facts import Share
 from fledge.files import read_jsonl, write_json
-from fledge.rewards.verifiers import Reward, highest, read_rewards, verifier, weighted_sum
+from fledge.rewards.verifiers import Reward, highest, read_rewards, weighted_sum
 from fledge.tasks.addition import addition_task
 from fledge.tasks.countdown import MIN_TARGET, countdown_task
 from fledge.tasks.files import Task, write_task
 from fledge.tasks.games import is_test_board, tictactoe_task
 from fledge.tasks.lines import policy_lines
-from fledge.tasks.tictactoe import NOTATIONS, PLAYERS, best_moves, moves, positions
+from fledge.tasks.tictactoe import NOTATIONS, PLAYERS, best_moves, moves, positions, read_move
 from fledge.train.progress import say
 from fledge.types import Rollout, SamplingParams
 
@@ -204,7 +204,7 @@ class PlayConfig:
     out: Path | None = None
     """File for the figures, as JSON."""
     max_tokens: int = 8
-    """Longest answer to a board; its last line is the move. Decoding is greedy."""
+    """Longest answer to a board, which is to be the move's cell alone. Decoding is greedy."""
     notation: Notation = "rows"
     """How the model reads a board, as of fledge task tictactoe."""
     batch_size: int = 256
@@ -220,7 +220,7 @@ def play(config: PlayConfig) -> None:
         raise UserError(f"{config.out}: exists already; choose another --out")
     device = pick_device(config.device)
     chat = LocalChat(*load_engine(config.model, device=device, batch_size=config.batch_size))
-    policy = _moves_of(chat, config.max_tokens, NOTATIONS[config.notation])
+    policy = moves_of(chat, config.max_tokens, NOTATIONS[config.notation])
     boards = [board for board in positions() if moves(board)]
     tests = [board for board in boards if is_test_board(board)]
     summary: dict[str, Any] = {
@@ -277,17 +277,16 @@ def _rollouts(where: str, row: dict[str, Any]) -> list[Rollout]:
     ]
 
 
-def _moves_of(chat: LocalChat, max_tokens: int, write: Callable[[str], str]) -> dict[str, int]:
+def moves_of(chat: LocalChat, max_tokens: int, write: Callable[[str], str]) -> dict[str, int]:
     """A model's greedy move on every board on which a game goes on; none where it names no cell."""
     boards = [board for board in positions() if moves(board)]
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     replies = chat.replies([[{"role": "user", "content": write(board)}] for board in boards], params)
-    is_cell = verifier("regex:pattern=[1-9],last_line=true")
-    return {
-        board: int(reply.text.strip()[-1])
+    named = {
+        board: read_move(reply.text) if reply.finish_reason == "stop" else None
         for board, reply in zip(boards, replies, strict=True)
-        if reply.finish_reason == "stop" and is_cell(reply.text, {})
     }
+    return {board: cell for board, cell in named.items() if cell is not None}
 
 
 def _share(

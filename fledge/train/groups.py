@@ -102,6 +102,8 @@ class World:
     ranks: Ranks = ALONE
     judges_apart: bool = True
     """Whether each rank judges a part of the roll-outs; a reward that plays itself needs all at once."""
+    keeps_equal: bool = True
+    """Whether groups without signal count in the averages."""
 
     @property
     def device(self) -> torch.device:
@@ -156,9 +158,11 @@ class State(EmptyCompletions):
 
 @dataclass
 class GroupBatch:
-    """A micro-batch of completions."""
+    """A micro-batch of completions. Those that are the same are read once: `rows` has no row twice."""
 
     rows: Padded
+    places: Tensor
+    """(B): where each completion stands in `rows`."""
     old_logps: Tensor
     """(B, T), as is `ref_logps`."""
     ref_logps: Tensor
@@ -172,13 +176,18 @@ class GroupBatch:
         moved = {name: value.to(device) for name, value in vars(self).items() if name != "figures"}
         return GroupBatch(**moved, figures=self.figures)
 
+    @property
+    def mask(self) -> Tensor:
+        """(B, T): True where the policy made the token."""
+        return self.rows.mask[self.places]
+
     def num_tokens(self) -> int:
         """How many tokens are read; padding is none."""
         return int(self.rows.lengths.sum())
 
     def denominators(self) -> dict[str, int]:
         """What losses are averaged over, known before any forward pass."""
-        tokens, rows = int(self.rows.mask.sum()), len(self.rows.lengths)
+        tokens, rows = int(self.mask.sum()), len(self.places)
         return {"tokens": tokens, "completions": rows, "rollouts": int(bool(self.figures))}
 
 
@@ -194,8 +203,9 @@ class Groups:
 
 def sampled_groups(world: World, prompts: Sequence[EncodedPrompt], state: State) -> Groups:
     """Sample groups and judge them. With `resample` others are sampled in the place of those without signal
-    (dynamic sampling, Yu et al. 2025). Without it these stay in the averages, so that a step is the smaller
-    the less a roll-out says: else the few right answers of a weak model would move it as far as many do."""
+    (dynamic sampling, Yu et al. 2025). Without it these stay in the averages, if the world `keeps_equal`, so
+    that a step is the smaller the less a roll-out says: else the few right answers of a weak model would move
+    it as far as many do."""
     settings, size = world.settings, world.settings.samples
     sampled: list[Rollout] = []
     columns: dict[str, list[float]] = {}
@@ -214,7 +224,7 @@ def sampled_groups(world: World, prompts: Sequence[EncodedPrompt], state: State)
         sampled += rollouts
         state.draws += 1
     groups, signals = len(sampled) // size, len(kept)
-    if kept and not settings.resample:
+    if kept and not settings.resample and world.keeps_equal:
         kept = list(range(groups))
     kept = kept[: settings.batch_prompts]
     places = [group * size + i for group in kept for i in range(size)]

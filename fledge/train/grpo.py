@@ -1,6 +1,6 @@
 """Group-relative policy optimisation: the steps that learn from groups, their loss, and held-out figures.
 
-Shape suffixes: B rows (completions), T tokens.
+Shape suffixes: B completions, U different ones, T tokens.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from fledge.train.rollout import (
     minibatches,
     padded,
     policy_scores,
+    same_rows,
 )
 from fledge.types import Rollout
 
@@ -48,8 +49,10 @@ def grpo_steps(
         state = State(**saved)
         for number in range(first // settings.updates, settings.rollouts):
             found = sampled_groups(world, prompts, state)
-            plan = [world.ranks.even(parts) for parts in _plan(settings, found.rollouts, number)]
-            batch, figures = _experience(world, found, plan[: settings.minibatches])
+            same = same_rows(found.rollouts)
+            different = [found.rollouts[numbers[0]] for numbers in same]
+            plan = [world.ranks.even(parts) for parts in _plan(settings, different, number)]
+            batch, figures = _experience(world, found, same, plan[: settings.minibatches])
             if settings.stop_kl is not None and figures.get("kl", 0.0) > settings.stop_kl:
                 stopped(figures["kl"])
                 return
@@ -78,24 +81,34 @@ def _plan(settings: Settings, rollouts: Sequence[Rollout], number: int) -> list[
 
 
 def _experience(
-    world: World, found: Groups, first_updates: Sequence[Sequence[Sequence[int]]]
+    world: World,
+    found: Groups,
+    same: Sequence[Sequence[int]],
+    first_updates: Sequence[Sequence[Sequence[int]]],
 ) -> tuple[Callable[[Sequence[int], Metrics], GroupBatch], Metrics]:
     """What was said of the roll-outs before anything is learned, as a function that makes micro-batches, and
-    all figures. They are read in the micro-batches in which they are learned from first."""
+    all figures. They are read in the micro-batches in which they are learned from first; of those that are
+    the `same` only one is read."""
     if not found.rollouts:
-        return lambda _part, _figures: GroupBatch(*[torch.empty(0)] * 4), found.figures  # type: ignore[arg-type]
-    rows = padded(found.rollouts)
+        return lambda _part, _figures: GroupBatch(*[torch.empty(0)] * 5), found.figures  # type: ignore[arg-type]
+    rows = padded([found.rollouts[numbers[0]] for numbers in same])
     parts = [part for update in first_updates for part in update]
-    logps_BT, _, ref_BT = world.read(rows, parts)
+    logps_UT, _, ref_UT = world.read(rows, parts)
 
     def batch(part: Sequence[int], figures: Metrics) -> GroupBatch:
-        chosen, few = list(part), rows.rows(part)
-        width = few.mask.shape[1]
-        columns = (logps_BT[chosen, :width], ref_BT[chosen, :width], found.advantages[chosen])
-        return GroupBatch(few, *columns, figures)
+        few, copies = rows.rows(part), [(i, number) for i, row in enumerate(part) for number in same[row]]
+        chosen, width = [part[i] for i, _ in copies], few.mask.shape[1]
+        advantages_B = found.advantages[[number for _, number in copies]]
+        places_B = torch.tensor([i for i, _ in copies])
+        return GroupBatch(
+            few, places_B, logps_UT[chosen, :width], ref_UT[chosen, :width], advantages_B, figures
+        )
 
-    kl = kl_figures(logps_BT, ref_BT, rows.mask)
-    return batch, {**found.figures, **kl, **gap_figures(found.rollouts, logps_BT, rows.mask)}
+    row_of = {number: row for row, numbers in enumerate(same) for number in numbers}
+    places = [row_of[number] for number in range(len(found.rollouts))]
+    logps_BT, mask_BT = logps_UT[places], rows.mask[places]
+    kl = kl_figures(logps_BT, ref_UT[places], mask_BT)
+    return batch, {**found.figures, **kl, **gap_figures(found.rollouts, logps_BT, mask_BT)}
 
 
 def grpo_loss(policy: CausalLM, batch: GroupBatch, settings: Settings) -> dict[str, Term]:
@@ -104,8 +117,8 @@ def grpo_loss(policy: CausalLM, batch: GroupBatch, settings: Settings) -> dict[s
     Reported beside them: `loss`, their sum; the mean of rho = pi / pi_old (`ratio`) and of |rho - 1|
     (`ratio_distance`) over tokens; the KL between the two (`kl_step`: k3); the entropy; the share of tokens
     for which clipping changed the loss."""
-    mask_BT, old_BT = batch.rows.mask, batch.old_logps
-    logps_BT, entropy_BT = policy_scores(policy, batch.rows, settings.temperature)
+    mask_BT, old_BT = batch.mask, batch.old_logps
+    logps_BT, entropy_BT = (x[batch.places] for x in policy_scores(policy, batch.rows, settings.temperature))
     mean, most = settings.mean, settings.max_tokens
     high = settings.clip if settings.clip_high is None else settings.clip_high
     loss, clipped_BT = policy_term(

@@ -155,6 +155,15 @@ def padded(rollouts: Sequence[Rollout]) -> Padded:
     return Padded(pad_rows([rollout.input_ids for rollout in rollouts], 0), mask_BT, lengths_B)
 
 
+def same_rows(rollouts: Sequence[Rollout]) -> list[list[int]]:
+    """The numbers of roll-outs that are the same, token for token, by the first of them: what a model says of
+    one it says of all, so that it need be read once."""
+    found: dict[tuple[tuple[int, ...], tuple[bool, ...]], list[int]] = {}
+    for number, rollout in enumerate(rollouts):
+        found.setdefault((tuple(rollout.input_ids), tuple(rollout.loss_mask)), []).append(number)
+    return list(found.values())
+
+
 def sampled_logps(rollouts: Sequence[Rollout]) -> Tensor:
     """What the sampler said of each token (B, T), in the places of `Padded.mask`."""
     length = max(len(rollout.logps) for rollout in rollouts)

@@ -58,22 +58,24 @@ def game_prompts(tokenizer: Tokenizer, plain: bool, most: int, game: str) -> Pro
     return Prompts(kept, [], [])
 
 
-def board_values(boards: Iterable[str], sample: Sample) -> dict[str, float]:
+def board_values(
+    boards: Iterable[str], sample: Sample, known: Mapping[str, Sequence[int | None]] | None = None
+) -> dict[str, float]:
     """How the game ends from each board for whoever is to move: 1 a win, 0 a draw, -1 a loss; and of all
     boards that it comes to.
 
-    On each board that comes up several moves are sampled, once, and all lines of play of sampled moves are
-    followed: a board is worth the mean over its moves. No line meets a board twice, so the mean over all
-    samples is what a single game would bring on average, with far less chance in it. Who makes a move that
-    the rules do not allow, or none, loses.
+    On each board that comes up several moves are sampled, once (those that are `known` have theirs), and all
+    lines of play of these moves are followed: a board is worth the mean over its moves. No line meets a board
+    twice, so the mean over all samples is what a single game would bring on average, with far less chance in
+    it. Who makes a move that the rules do not allow, or none, loses.
     """
-    sampled: dict[str, Sequence[int | None]] = {}
+    moves_known, sampled = known or {}, dict[str, Sequence[int | None]]()
     new, number = sorted(set(boards)), 0
     while new:
-        asked = [board for board in new if moves(board)]
-        sampled |= dict.fromkeys(new, ())
+        sampled |= {board: moves_known.get(board, ()) for board in new}
+        asked = [board for board in new if moves(board) and not sampled[board]]
         sampled |= dict(zip(asked, sample(asked, number) if asked else (), strict=True))
-        reached = {play(board, cell) for board in asked for cell in sampled[board] if cell in moves(board)}
+        reached = {play(board, cell) for board in new for cell in sampled[board] if cell in moves(board)}
         new, number = sorted(reached - sampled.keys()), number + 1
     values: dict[str, float] = {}
     for board in sorted(sampled, key=lambda board: board.count(".")):  # the ends of games first
@@ -88,9 +90,14 @@ def move_value(board: str, cell: int | None, values: Mapping[str, float]) -> flo
 
 
 def move_rewards(rollouts: Sequence[Rollout], sample: Sample) -> list[float]:
-    """The `move_value` of each move, once the games are played on with `sample`. A row has its `board`."""
+    """The `move_value` of each move, once the games are played on: by the moves of these roll-outs wherever
+    there are any, elsewhere with `sample`. A row has its `board`."""
     made = [(read_board(str(rollout.row["board"])), move_of(rollout)) for rollout in rollouts]
-    values = board_values((play(board, cell) for board, cell in made if cell in moves(board)), sample)
+    known: dict[str, list[int | None]] = {}
+    for board, cell in made:
+        known.setdefault(board, []).append(cell)
+    after = (play(board, cell) for board, cell in made if cell in moves(board))
+    values = board_values(after, sample, known)
     return [move_value(board, cell, values) for board, cell in made]
 
 

@@ -10,6 +10,8 @@ import torch
 
 from fledge import cli
 from fledge.model.checkpoint import save_model
+from fledge.stages import grpo
+from fledge.tasks.tictactoe import moves, positions
 from fledge.tokenizer.bpe import train_bpe
 
 from ..models import chain_model
@@ -66,6 +68,21 @@ def test_it_plays_itself(flags: list[str], tmp_path: Path) -> None:
     flags[flags.index("--out") + 1] = str(tmp_path / "again")
     assert cli.main(flags) == 0
     assert weights(tmp_path / "again") == weights(run)
+
+
+def test_a_game_has_defaults_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is given counts in both; Muon learns in a game alone, and can be left out."""
+    asked: list[grpo.Config] = []
+    monkeypatch.setattr(grpo, "_train", lambda config, _ranks: asked.append(config))
+    flags = ["grpo", "--model", "m", "--beta", "0.1"]
+    assert cli.main([*flags, "--prompts", "p.jsonl", "--reward", "exact"]) == 0
+    assert cli.main([*flags, "--game", "tictactoe"]) == 0
+    assert cli.main([*flags, "--game", "tictactoe", "--matrix-lr", "0", "--batch-prompts", "64"]) == 0
+    prompts, game, other = asked
+    assert (prompts.batch_prompts, prompts.samples, prompts.matrix_lr) == (32, 8, 0)
+    assert game.batch_prompts == sum(bool(moves(board)) for board in positions())
+    assert (other.batch_prompts, other.samples, other.matrix_lr) == (64, game.samples, 0)
+    assert game.matrix_lr and {one.beta for one in asked} == {0.1}
 
 
 @pytest.mark.parametrize(

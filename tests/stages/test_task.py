@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fledge.cli import main
 from fledge.files import read_jsonl
-from fledge.tasks.tictactoe import best_moves, moves, positions, read_board
+from fledge.stages.task import moves_of
+from fledge.tasks.tictactoe import best_moves, moves, positions, read_board, show
 from fledge.tokenizer.bpe import train_bpe
 
 from ..models import save_chain_model
@@ -152,6 +154,22 @@ def test_completions_of_generate_are_checked(fives: Path, tmp_path: Path, capsys
     assert main(["generate", "--model", str(fives), *asked]) == 0
     assert main(["task", "check", str(made), "--reward", "exact"]) == 0
     assert "50.0%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "cell"),
+    [(" 5\n", "stop", 5), ("take\n5", "stop", None), ("5 5", "stop", None), ("5", "length", None)],
+)
+def test_play_reads_a_move_by_the_rule_of_games(text: str, reason: str, cell: int | None) -> None:
+    """A cell and nothing else, in an answer that ends: what else is written could name any cell."""
+
+    class Says:
+        def replies(self, asked: list[Any], _params: Any) -> list[SimpleNamespace]:
+            return [SimpleNamespace(text=text, finish_reason=reason) for _ in asked]
+
+    found = moves_of(Says(), 8, show)  # type: ignore[arg-type]
+    assert set(found.values()) == ({cell} if cell else set())
+    assert len(found) == (4520 if cell else 0)
 
 
 @pytest.mark.slow

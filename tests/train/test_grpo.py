@@ -143,7 +143,8 @@ def test_a_step_is_as_much_smaller_as_groups_say_nothing() -> None:
         advantages_GS = group_advantages(torch.tensor(odd_rows(rollouts)).view(-1, 3), "grpo")
         rows = padded(rollouts)
         logps_BT, _, ref_BT = world.read(rows, [range(len(rollouts))])
-        batch = GroupBatch(rows, logps_BT, ref_BT, advantages_GS.flatten(), {"score": 0.0})
+        places = torch.arange(len(rollouts))
+        batch = GroupBatch(rows, places, logps_BT, ref_BT, advantages_GS.flatten(), {"score": 0.0})
         found.append(figures_of(world, Step([batch]))[1])
     for alone, beside in zip(*found, strict=True):
         torch.testing.assert_close(beside, alone / 2, rtol=1e-4, atol=1e-7)
@@ -185,9 +186,34 @@ def test_a_step_has_every_kept_completion_once_in_each_epoch() -> None:
     assert len(steps) == 2 * SETTINGS.updates
     kept = 3 * steps[5].state["groups"]
     for epoch in (steps[:3], steps[3:6]):
-        assert sum(len(batch.rows.lengths) for step in epoch for batch in step.batches) == kept > 3
+        assert sum(len(batch.places) for step in epoch for batch in step.batches) == kept > 3
     assert [step.may_save for step in steps] == [False] * 5 + [True] + [False] * 5 + [True]
     assert [bool(step.state) for step in steps] == [step.may_save for step in steps]
+
+
+def test_completions_that_are_the_same_are_read_once() -> None:
+    """Each still counts: losses, figures and gradients are those of a batch that holds all of them."""
+    settings = replace(SETTINGS, batch_prompts=1, samples=24, max_tokens=1, epochs=1, minibatches=1)
+    world = world_of(settings, rewards=rewards_of(lambda made: [float(one.input_ids[-1]) for one in made]))
+    [step] = list(steps_of(replace(world, settings=replace(settings, rollouts=1))))
+    [batch] = step.batches
+    assert len(batch.places) == 24 > len(batch.rows.lengths) == len(batch.rows.input_ids.unique(dim=0)) > 1
+    every = replace(batch, rows=batch.rows.rows(batch.places.tolist()), places=torch.arange(24))
+    assert batch.denominators() == every.denominators()
+    (once, gradients), (all_of_them, others) = (figures_of(world, Step([one])) for one in (batch, every))
+    assert once == pytest.approx(all_of_them, rel=1e-4, abs=1e-6)
+    for one, other in zip(gradients, others, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_groups_without_signal_can_be_left_out() -> None:
+    """Without sampling others: of the same groups those stay that say something."""
+    world = world_of(rewards=rewards_of(odd_rows))
+    whole = sampled_groups(world, PROMPTS, State())
+    few = sampled_groups(replace(world, keeps_equal=False), PROMPTS, State())
+    has_signal = whole.advantages.view(-1, 3).any(1)
+    assert torch.equal(few.advantages.view(-1, 3), whole.advantages.view(-1, 3)[has_signal])
+    assert 0 < len(few.rollouts) < len(whole.rollouts) and few.figures == whole.figures
 
 
 def test_a_saved_state_goes_on_where_it_was() -> None:

@@ -82,7 +82,7 @@ def test_a_step_is_trls(case: dict[str, Any]) -> None:
     logps = policy_scores(policy, rows, 1.0)[0]
     torch.testing.assert_close(logps.detach(), placed(case["logps"], rows.mask), rtol=1e-5, atol=1e-5)
     old, ref = (placed(case[name], rows.mask) for name in ("old_logps", "ref_logps"))
-    batch = GroupBatch(rows, old, ref, advantages)
+    batch = GroupBatch(rows, torch.arange(len(rows.lengths)), old, ref, advantages)
     counts = batch.denominators()
     terms = grpo_loss(policy, batch, settings)
     found = {name: float(term.sum.detach()) / counts[term.per] for name, term in terms.items()}

@@ -90,6 +90,29 @@ def test_a_move_is_worth_what_the_game_brings_who_made_it() -> None:
         assert found == wanted
 
 
+def test_games_go_on_by_the_moves_of_the_rollouts() -> None:
+    """Where a roll-out has boards they come to: with every best move of every board nothing else is asked
+    for, and each move is worth what minimax says. Of other boards moves are sampled."""
+
+    def none(boards: Sequence[str], _number: int) -> list[list[int | None]]:
+        raise AssertionError(f"asked for moves on {boards}")
+
+    made = [(board, cell) for board in GOING_ON for cell in best_moves(board)]
+    found = move_rewards([moved(board, str(cell)) for board, cell in made], none)
+    assert found == [value(board) for board, _ in made]
+    near_the_end = "XOXOXX..O"  # O takes 7, then X the last cell, 8: a draw
+    asked: list[str] = []
+
+    def sample(boards: Sequence[str], _number: int) -> list[list[int | None]]:
+        asked.extend(boards)
+        return [[moves(board)[0]] for board in boards]
+
+    after = play(near_the_end, 7)
+    assert move_rewards([moved(near_the_end, "7"), moved(after, "0")], sample) == [1.0, -1.0]
+    assert move_rewards([moved(near_the_end, "7")], sample) == [0.0]
+    assert asked == [after]
+
+
 @pytest.mark.parametrize(
     ("text", "ended"), [("0", True), ("10", True), ("5 5", True), ("", True), ("5", False)]
 )
