@@ -62,7 +62,14 @@ def make_app(
     writing = [name for name, served in service.models.items() if served.engine is not None] + elsewhere
     routes += page_routes(writing, corrections)
     handlers = {ApiError: _api_error, UserError: _mistake, HTTPException: _http_error, Exception: _broken}
-    app = guarded(Starlette(routes=routes, exception_handlers=handlers), limits, door, service.metrics, log)
+    app = guarded(
+        Starlette(routes=routes, exception_handlers=handlers),
+        limits,
+        door,
+        service.metrics,
+        log,
+        service.visits,
+    )
     if not origins:
         return app
     return CORSMiddleware(

@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fledge.serve.errors import ApiError, broken, timed_out
+from fledge.serve.errors import ApiError, broken, stopping, timed_out
 from fledge.serve.keys import Doorkeeper
 from fledge.serve.metrics import Histogram, Metrics
 from fledge.serve.responses import DONE, as_json, event
@@ -75,9 +75,11 @@ class _Answer:
 
 
 def guarded(
-    app: ASGIApp, limits: Limits, door: Doorkeeper, metrics: Metrics, log: Callable[[str], None] | None
-) -> ASGIApp:
-    """The same server with limits; `log` takes a line for every request, without anything of its contents."""
+    app: ASGIApp, limits: Limits, door: Doorkeeper, metrics: Metrics, log: Callable[[str], None] | None,
+    visits: set[Visit],
+) -> ASGIApp:  # fmt: skip
+    """The same server with limits; `log` takes a line for every request, without anything of its contents;
+    `visits` are kept to be those that are under way."""
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -90,18 +92,20 @@ def guarded(
         try:
             door.check(scope["method"], scope["path"], headers)
             _check_length(headers, limits.body_bytes)
-            async with asyncio.timeout(limits.seconds):
+            async with asyncio.timeout(limits.seconds) as visit.limit:
+                visits.add(visit)
                 await app(scope, _bounded(receive, limits), answer.send)
         except ClientDisconnect:
             visit.status = 499  # as nginx calls it
         except TimeoutError:
-            await _told(answer, timed_out(limits.seconds))
+            await _told(answer, stopping() if visit.stopped else timed_out(limits.seconds))
         except ApiError as error:
             await _told(answer, error)
         except Exception:
             print(f"request {visit.request_id}: {traceback.format_exc()}", file=sys.stderr, flush=True)
             await _told(answer, broken(visit.request_id))
         finally:
+            visits.discard(visit)
             visit.end()
             if answer.started and not answer.ended and visit.status == 200:
                 visit.status = 499

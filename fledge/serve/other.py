@@ -16,7 +16,7 @@ from starlette.responses import Response
 from fledge.files import read_json
 from fledge.serve.embeddings import embed
 from fledge.serve.errors import ApiError
-from fledge.serve.generating import answer, read
+from fledge.serve.generating import answer, elsewhere, read
 from fledge.serve.messages import chat_ids, chat_text, plain_messages
 from fledge.serve.metrics import CONTENT_TYPE
 from fledge.serve.models import Served
@@ -28,7 +28,7 @@ from fledge.serve.openai import (
     TokenizeRequest,
 )
 from fledge.serve.plan import prompt_ids
-from fledge.serve.responses import head
+from fledge.serve.responses import as_json, head
 from fledge.serve.service import Service
 from fledge.serve.tokens import TokenTexts
 from fledge.serve.visits import unless_gone, visit_of
@@ -44,7 +44,11 @@ MAX_ROWS = 2048
 
 async def health(service: Service, request: Request) -> Response:
     """Whether requests are taken."""
-    return answer({"status": "stopping" if service.stopping else "ok"})
+    lost = [name for name, served in service.models.items() if served.worker.ended]
+    if service.stopping or not lost:
+        return answer({"status": "stopping" if service.stopping else "ok"})
+    body = as_json({"status": "broken", "models": lost})
+    return Response(body, 503, media_type="application/json")
 
 
 async def metrics(service: Service, request: Request) -> Response:
@@ -162,9 +166,9 @@ async def apply_template(service: Service, request: Request) -> Response:
 
 async def embeddings(service: Service, request: Request) -> Response:
     """Texts as vectors."""
-    asked = await read(request, EmbeddingRequest)
-    if (relay := service.relay_of(asked.model)) is not None:
+    if (relay := await elsewhere(service, request)) is not None:
         return await relay.pass_on(request)
+    asked = await read(request, EmbeddingRequest)
     served = service.writer(asked.model)
     engine, given = served.engine, asked.input
     assert engine is not None

@@ -18,7 +18,8 @@ from fledge.serve.visits import Visit, unless_gone, visit_of
 
 CONNECT_SECONDS = 10.0
 # How many requests the endpoint answers at once is its own affair.
-UNLIMITED = httpx2.Limits(max_keepalive_connections=100)
+# A connection is not used again at the moment at which servers close it (uvicorn after 5 s).
+UNLIMITED = httpx2.Limits(max_keepalive_connections=100, keepalive_expiry=2.0)
 
 
 class Endpoint:

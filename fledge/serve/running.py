@@ -58,10 +58,13 @@ async def end_in_time(should_exit: Callable[[], bool], service: Service, seconds
         await asyncio.sleep(0.05)
     service.stopping = True
     deadline = time.monotonic() + seconds
-    while any(service.live.values()) and time.monotonic() < deadline:
+    while service.visits and time.monotonic() < deadline:
         await asyncio.sleep(0.05)
     for served in service.models.values():
         served.worker.end_all(stopping())
+    await asyncio.sleep(0.1)  # what they tell is told by the requests themselves
+    for visit in list(service.visits):  # those that others answer
+        visit.stop()
 
 
 async def close_idle(server: uvicorn.Server, seconds: float) -> None:

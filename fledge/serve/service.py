@@ -32,17 +32,24 @@ class Service:
     relay: Relay | None = None
     metrics: Metrics = field(default_factory=Metrics)
     live: dict[str, int] = field(default_factory=dict)
+    visits: set[Visit] = field(default_factory=set)
     stopping: bool = False
 
     def relay_of(self, name: str | None) -> Relay | None:
         """The way to a model that is elsewhere."""
-        is_there = self.relay is not None and (name in self.relay.models or not (name or self.models))
-        return self.relay if is_there else None
+        if self.relay is None or not (name in self.relay.models or not (name or self.models)):
+            return None
+        if self.stopping:
+            raise stopping()
+        return self.relay
 
     def find(self, name: str | None) -> Served:
         """The model of a request; ApiError (404) for one that isn't there."""
         if name is None and self.models:
             return next(iter(self.models.values()))
+        if self.relay is not None and name in self.relay.models:
+            message = f"{str(name)[:100]!r} is another server's model, and this address is not passed on"
+            raise ApiError(404, message, "model", "model_not_found")
         if name is None or name not in self.models:
             known = ", ".join(self.models) or "none"
             message = f"the model {str(name)[:100]!r} does not exist here; there are: {known}"

@@ -19,12 +19,9 @@ import torch
 class TakesTurns(Protocol):
     """Who computes."""
 
-    def step(self) -> bool:
-        """Do a little for those who wait; whether anything is left to do."""
-        ...
-
     def work(self) -> bool:
-        """The same, and what cannot be done in the midst of somebody's call."""
+        """Do a little for those who wait; whether anything is left to do. Called again in the midst of it
+        where it calls `Turns.step`. Raises nothing."""
         ...
 
     @property
@@ -56,9 +53,9 @@ class Turns:
         self._wake.set()
 
     def step(self) -> None:
-        """A turn for all, in the midst of a call that takes long."""
+        """A turn for all, in the midst of one that takes long."""
         for one in list(self._all):
-            one.step()
+            one.work()
 
     def _work(self) -> None:
         if self._threads is not None:

@@ -16,7 +16,7 @@ T = TypeVar("T")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
 
-@dataclass
+@dataclass(eq=False)
 class Visit:
     """What is known about a request. `ends` are called at its end, however it ends."""
 
@@ -29,11 +29,19 @@ class Visit:
     first_token_seconds: float | None = None
     ignored: list[str] = field(default_factory=list)
     ends: list[Callable[[], None]] = field(default_factory=list)
+    limit: asyncio.Timeout | None = None
+    stopped: bool = False
 
     def first_token(self) -> None:
         """Something was made."""
         if self.first_token_seconds is None:
             self.first_token_seconds = time.monotonic() - self.started
+
+    def stop(self) -> None:
+        """Its time is up: the server ends."""
+        self.stopped = True
+        if self.limit is not None:
+            self.limit.reschedule(asyncio.get_running_loop().time())
 
     def end(self) -> None:
         """Give back what the request holds."""

@@ -105,8 +105,9 @@ def flags_for(name: str, directory: Path, wishes: Wishes, socket_file: Path) -> 
     except ValueError as error:
         raise UserError(f"--vllm-flags: {error}") from None
     for flag in more:
-        if flag.partition("=")[0].replace("_", "-") in OURS:
-            raise UserError(f"--vllm-flags {flag}: fledge serve sets this itself")
+        given = flag.partition("=")[0].replace("_", "-")
+        if len(given) > 2 and any(one.startswith(given) for one in OURS):  # a short form is one too
+            raise UserError(f"--vllm-flags {given}: fledge serve sets this itself")
     return flags + more
 
 

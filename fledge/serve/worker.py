@@ -116,6 +116,7 @@ class Worker:
         self._turns = turns
         self._closing = False
         self._closed = threading.Event()
+        self._calling = False
         self._failure: Exception | None = None  # what all requests end with
         turns.add(self)
 
@@ -128,8 +129,7 @@ class Worker:
         """Hand over `params[i].n` completions of each prompt i. From any thread; the run may be cancelled
         meanwhile. Raises UserError for what can never be made."""
         assert self.scheduler is not None
-        if self._closing or self._failure is not None:
-            raise stopping()
+        self._check_open()
         try:
             for number, (prompt, settings) in enumerate(zip(prompts, params, strict=True)):
                 texts = [self._stream_of(settings) for _ in range(settings.n)]
@@ -148,19 +148,27 @@ class Worker:
             run.cancel()
         self._arrived.append(run)
         self._turns.wake()
+        if self.ended:  # meanwhile
+            run.cancel()
+            raise self._failure or stopping()
 
     async def call(self, function: Callable[[], T]) -> T:
         """What a function gives that needs the model for itself; made between two steps."""
-        if self._closing or self._failure is not None:
-            raise stopping()
+        self._check_open()
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         self._calls.append((function, future, loop))
         self._turns.wake()
+        if self.ended:  # meanwhile
+            raise self._failure or stopping()
         return await future
 
+    def _check_open(self) -> None:
+        if self._closing or self._failure is not None:
+            raise self._failure or stopping()
+
     def turn(self) -> None:
-        """One token more for all requests, those of other models too, and its delivery; for a call that takes
+        """One token more for all requests, those of other models too, and their calls; for a call that takes
         long to let others on. Raises what ends all requests."""
         self._turns.step()
         if self._failure is not None:
@@ -177,25 +185,51 @@ class Worker:
 
     def close(self, seconds: float = 10.0) -> None:
         """End all; waits for it as long."""
+        self.begin_to_close()
+        self._closed.wait(seconds)
+
+    def begin_to_close(self) -> None:
+        """`close` without waiting."""
         self._failure = self._failure or stopping()
         self._closing = True
         self._turns.wake()
-        self._closed.wait(seconds)
 
     @property
     def ended(self) -> bool:
-        """Whether all was ended after `close`."""
+        """Whether nothing is made any more: after `close`, or because of a defect."""
         return self._closed.is_set()
 
     def work(self) -> bool:
-        """In the models' thread: `step`, then one of the calls."""
-        busy = self.step()
-        if self._calls:
-            self._make(*self._calls.popleft())
-            return True
-        if not busy and self._closing:
-            self._closed.set()
-        return busy
+        """In the models' thread: a token more for all requests, and one of the calls, if none is under way;
+        whether anything is left to do. What goes wrong ends this model alone."""
+        try:
+            busy = self._step()
+            if self._calls and not self._calling:
+                self._calling = True
+                try:
+                    self._make(*self._calls.popleft())
+                finally:
+                    self._calling = False
+                busy = True
+            if not busy and self._closing:
+                self._closed.set()
+            return busy
+        except BaseException as error:  # the thread is the other models' too
+            self._break(error)
+            return False
+
+    def _break(self, error: BaseException) -> None:
+        """End everything, and take no more."""
+        _log(self.name, error)
+        self._failure = _broken(self.name)
+        self._closed.set()
+        self._runs += self._arrived
+        self._arrived.clear()
+        self._end_runs(self._failure)
+        self._runs = []
+        while self._calls:
+            _, future, loop = self._calls.popleft()
+            _post(loop, _settle, future, None, self._failure)
 
     def _make(
         self, function: Callable[[], Any], future: asyncio.Future[Any], loop: asyncio.AbstractEventLoop
@@ -209,11 +243,13 @@ class Worker:
         except Exception as caught:
             result, error = None, caught
             _log(self.name, caught)
+        except BaseException:
+            _post(loop, _settle, future, None, _broken(self.name))
+            raise
         _post(loop, _settle, future, result, error)
 
-    def step(self) -> bool:
-        """In the models' thread: one token more for all requests, and its delivery; whether anything is left
-        to do."""
+    def _step(self) -> bool:
+        """One token more for all requests, and its delivery; whether anything is left to do."""
         while self._arrived:
             self._runs.append(self._arrived.popleft())
         if self._failure is not None:
@@ -274,6 +310,10 @@ def _stopped(texts: list[TextStream], pieces: list[list[str]]) -> Callable[[int,
     return should_stop
 
 
+def _broken(name: str) -> ApiError:
+    return ApiError(500, f"the model {name} has broken; the server's log says why", code="internal_error")
+
+
 def _settle(future: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
     if future.done():
         return
@@ -291,6 +331,6 @@ def _post(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args:
         return
 
 
-def _log(name: str, error: Exception) -> None:
+def _log(name: str, error: BaseException) -> None:
     if not isinstance(error, UserError | ApiError):
         print(f"model {name}: {''.join(traceback.format_exception(error))}", file=sys.stderr, flush=True)

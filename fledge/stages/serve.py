@@ -115,12 +115,12 @@ def main(config: Config) -> None:
         stack.callback(signal.signal, signal.SIGTERM, before or signal.SIG_DFL)
         turns = Turns(stack.enter_context(alone()))
         models: dict[str, Served] = {}
+        stack.callback(close_models, models)
         processes: list[VllmProcess] = []
         stack.callback(close_all, processes)
         for name, directory in directories.items():
             if wishes is None:
                 models[name] = load(name, directory, config, turns)
-                stack.callback(models[name].worker.close)
                 log_line(loaded_line(models[name]))
             else:  # one after the other: each looks how much of the GPU's memory is free
                 processes.append(VllmProcess(name, directory, wishes, log_line))
@@ -162,6 +162,8 @@ def vllm_wishes(config: Config, directories: Mapping[str, Path]) -> Wishes | Non
             raise UserError(f"--{name.replace('_', '-')}: {why}")
     if not with_vllm:
         return None
+    if not directories:
+        raise UserError("--engine vllm: name what it is to serve: --model DIR")
     program = find_program(config.vllm)
     for name, directory in directories.items():
         for doubt in check_directory(name, directory):
@@ -183,6 +185,14 @@ def end_with(processes: Sequence[VllmProcess], server: uvicorn.Server) -> None:
         process.when_ended = end
         if process.has_ended:
             end()
+
+
+def close_models(models: Mapping[str, Served]) -> None:
+    """End them all: none waits for a call of another before it hears of it."""
+    for served in models.values():
+        served.worker.begin_to_close()
+    for served in models.values():
+        served.worker.close()
 
 
 def ended(number: int, frame: object) -> None:

@@ -130,3 +130,30 @@ def test_what_is_no_endpoint(status: int, text: str) -> None:
     transport = httpx2.MockTransport(lambda request: httpx2.Response(status, text=text))
     with pytest.raises(UserError, match="no list of models"):
         Endpoint("http://far.example/v1", transport=transport)
+
+
+def test_a_stream_of_another_server_is_told_when_this_one_ends(directory: Path) -> None:
+    with serving(load(directory, "far")) as far:
+        relay = Relay(Endpoint(f"{far.url}/v1"))
+        with serving(load(directory, "near"), relay=relay, stop_seconds=0.3) as near:
+            body = {"prompt": "The", "model": "far", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+            with near.client() as client, client.stream("POST", "/v1/completions", json=body) as response:
+                lines = response.iter_lines()
+                next(lines)
+                near.server.should_exit = True
+                rest = [line for line in lines if line]
+        far.until_idle()
+    assert rest[-1] == "data: [DONE]"
+    assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "shutting_down"
+
+
+def test_what_another_server_is_asked_is_its_affair(pair: tuple[Serving, Serving]) -> None:
+    """Settings that this server does not take are that one's to judge; other addresses are not passed on."""
+    near = pair[1]
+    refused = near.post("/v1/completions", {"model": "far", "prompt": "The", "suffix": "end"})
+    assert "suffix" in refused.json()["error"]["message"]
+    assert (
+        near.post("/tokenize", {"model": "far", "prompt": "The"})
+        .json()["error"]["message"]
+        .endswith("is another server's model, and this address is not passed on")
+    )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 
+import pytest
 import torch
 
+from fledge.serve.errors import ApiError
 from fledge.serve.turns import Turns, alone
 from fledge.serve.worker import Worker
 
@@ -63,6 +65,57 @@ def test_calls_of_one_model_let_those_of_others_on() -> None:
 
     asyncio.run(ask())
     assert order.index("two") <= 1, order
+    one.close()
+    two.close()
+
+
+def test_a_defect_ends_one_model_and_not_the_thread_of_the_others() -> None:
+    class Defect(BaseException):
+        pass
+
+    turns = Turns()
+    one, two = worker("one", turns), worker("two", turns)
+
+    def fails() -> None:
+        raise Defect
+
+    async def ask() -> None:
+        waiting = [asyncio.ensure_future(one.call(function)) for function in (fails, lambda: None)]
+        for call in waiting:
+            with pytest.raises(ApiError, match="the model one has broken") as raised:
+                await call
+            assert raised.value.status == 500
+        with pytest.raises(ApiError, match="the model one has broken"):
+            await one.call(lambda: None)
+        assert await two.call(lambda: "done") == "done"
+
+    asyncio.run(ask())
+    assert one.ended and not two.ended
+    two.close()
+
+
+def test_others_have_their_calls_in_the_midst_of_a_long_one() -> None:
+    turns = Turns()
+    one, two = worker("one", turns), worker("two", turns)
+    order: list[str] = []
+    asked = threading.Event()
+
+    def long() -> None:
+        asked.wait(10)
+        one.turn()
+        order.append("long")
+
+    async def ask() -> None:
+        tasks = [asyncio.ensure_future(one.call(long))]
+        await asyncio.sleep(0.05)
+        tasks.append(asyncio.ensure_future(two.call(lambda: order.append("two"))))
+        tasks.append(asyncio.ensure_future(one.call(lambda: order.append("one"))))
+        await asyncio.sleep(0)
+        asked.set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(ask())
+    assert order == ["two", "long", "one"]
     one.close()
     two.close()
 
