@@ -54,17 +54,27 @@ def reason(value: object) -> FinishReason:
 
 def refusal(address: str, answer: httpx2.Response, key: str | None) -> str:
     """What went wrong, in the server's words if it has some."""
+    code = None
     try:
         error = answer.json()["error"]
         said = error if isinstance(error, str) else error["message"]
+        code = None if isinstance(error, str) else error.get("code")
     except (ValueError, KeyError, TypeError):
         said = answer.headers.get("location") or answer.text or answer.reason_phrase
-    chats = (
-        "" if address.endswith("/chat/completions") else ", or ask in chats: not every server continues texts"
-    )
-    hints = {401: "; give a key with --endpoint-key", 404: f"; check address and model{chats}"}
+    hints = {401: "; give a key with --endpoint-key", 404: _lost(address, code)}
     hint = "; it is at another address" if answer.is_redirect else hints.get(answer.status_code, "")
     return f"{address}: {answer.status_code}: {_short(said, key)}{hint}"
+
+
+def _lost(address: str, code: object) -> str:
+    """What may be wrong where a server has nothing to answer with."""
+    if code == "model_not_found":
+        return ""
+    if "/v1/" not in address:
+        return "; check the address: most servers' ends in /v1"
+    if address.endswith("/chat/completions"):
+        return "; check address and model"
+    return "; check address and model, or ask in chats: not every server continues texts"
 
 
 def refuses_all(status: int) -> bool:
@@ -85,6 +95,8 @@ def wished_pause(answer: httpx2.Response) -> float | None:
 
 def why(error: Exception) -> str:
     """What kept a request from being answered."""
+    if isinstance(error, httpx2.ConnectError):
+        return " ".join(f"nobody answers there ({error})".split())
     return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
 
 

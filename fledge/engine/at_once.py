@@ -16,12 +16,14 @@ def as_they_come(
 ) -> Generator[tuple[T, R | Exception], None, None]:
     """(what was asked, the answer or what `ask` raised), as they end, with so many under way at once.
 
-    `asked` is gone through as there is room: where it ends early, what is under way is still answered. When
-    this is closed, as by Ctrl-C, nothing more is begun, and what is under way is not waited for, since a
-    connection may hang: its thread ends with the process at the latest, and so does the request.
+    `asked` is gone through as there is room: where it ends early, what is under way is still answered, and
+    what it raises is raised behind that. When this is closed, as by Ctrl-C, nothing more is begun, and what is
+    under way is not waited for, since a connection may hang: its thread ends with the process at the latest,
+    and so does the request.
     """
     left, lock, stopped = iter(asked), threading.Lock(), threading.Event()
     answers: queue.SimpleQueue[tuple[T, R | Exception] | None] = queue.SimpleQueue()
+    broken: list[Exception] = []  # what `asked` raised
 
     def work() -> None:
         try:
@@ -34,6 +36,8 @@ def as_they_come(
                     answers.put((one, error))
         except StopIteration:
             pass
+        except Exception as error:
+            broken.append(error)
         finally:
             answers.put(None)
 
@@ -47,5 +51,7 @@ def as_they_come(
                 working -= 1
             else:
                 yield answer
+        if broken:
+            raise broken[0]
     finally:
         stopped.set()

@@ -71,3 +71,15 @@ def test_what_is_under_way_is_answered_when_the_questions_end() -> None:
         return number
 
     assert sorted(as_they_come(ask, questions(), 3)) == [(0, 0), (1, 1), (2, 2)]
+
+
+def test_what_the_questions_raise_comes_behind_the_answers_under_way() -> None:
+    def asked() -> Iterator[int]:
+        yield from (1, 2)
+        raise ValueError("no third")
+
+    answers = []
+    with pytest.raises(ValueError, match="no third"):
+        for one, answer in as_they_come(lambda one: 10 * one, asked(), 4):
+            answers.append((one, answer))
+    assert sorted(answers) == [(1, 10), (2, 20)]

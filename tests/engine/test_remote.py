@@ -290,3 +290,17 @@ def test_a_stream_that_ends_too_early() -> None:
     half = 'data: {"choices": [{"text": "Hi", "finish_reason": null}]}\n\n'
     with pytest.raises(EndpointError, match="broke off"):
         list(remote(lambda _: httpx2.Response(200, text=half)).stream_reply("Say", SamplingParams()))
+
+
+@pytest.mark.parametrize(
+    ("address", "body", "hint"),
+    [
+        ("http://models.example", {}, "most servers' ends in /v1"),
+        ("http://models.example/v1", {}, "ask in chats"),
+        ("http://models.example/v1", {"error": {"message": "no such", "code": "model_not_found"}}, "no such"),
+    ],
+)
+def test_what_may_be_wrong_where_nothing_is_found(address: str, body: dict[str, Any], hint: str) -> None:
+    transport = httpx2.MockTransport(lambda _: httpx2.Response(404, json=body))
+    with pytest.raises(EndpointError, match=f"{hint}[^;]*$"):
+        RemoteChat(address, "m", transport=transport).reply("Once", SamplingParams())

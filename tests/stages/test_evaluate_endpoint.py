@@ -142,7 +142,7 @@ def test_sampled_answers_differ(far: list[str], task: Path, tmp_path: Path) -> N
         (["--endpoint-key", "FLEDGE_NO_SUCH_KEY"], "no such environment variable"),
         (["--endpoint-key", "FLEDGE_WRONG_KEY"], "401"),
         (["--endpoint", "nowhere"], "not an address"),
-        (["--endpoint", "http://127.0.0.1:9/v1"], "ConnectError"),
+        (["--endpoint", "http://127.0.0.1:9/v1"], "nobody answers there"),
         (["--questions", "{tmp}/long.jsonl"], "400: messages has 3"),
     ],
 )

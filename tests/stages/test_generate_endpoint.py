@@ -169,7 +169,7 @@ def test_samples_differ_and_come_again(far: list[str], tmp_path: Path, capsys: C
         (["--endpoint-key", "FLEDGE_NO_SUCH_KEY"], "no such environment variable"),
         (["--endpoint-key", "FLEDGE_WRONG_KEY"], "401"),
         (["--endpoint", "nowhere"], "not an address"),
-        (["--endpoint", "http://127.0.0.1:9/v1"], "ConnectError"),
+        (["--endpoint", "http://127.0.0.1:9/v1"], "nobody answers there"),
         (["--prompt", "x " * 3000], "context"),
         (["--echo", "--batch", "FOLDER/b.jsonl", "--out", "FOLDER/o.jsonl"], "--echo goes with a local"),
     ],
