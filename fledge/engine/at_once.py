@@ -18,8 +18,8 @@ def as_they_come(
 
     `asked` is gone through as there is room: where it ends early, what is under way is still answered, and
     what it raises is raised behind that. When this is closed, as by Ctrl-C, nothing more is begun, and what
-    is under way is not waited for, since a connection may hang: its thread ends with the process at the latest,
-    and so does the request.
+    is under way is not waited for, since a connection may hang: its thread ends with the process at the
+    latest, and so does the request.
     """
     left, lock, stopped = iter(asked), threading.Lock(), threading.Event()
     answers: queue.SimpleQueue[tuple[T, R | Exception] | None] = queue.SimpleQueue()
