@@ -172,7 +172,7 @@ def _train(config: Config, ranks: Ranks) -> None:
     world = replace(_world(config, lora, tokenizer, policy, settings, longest), ranks=ranks)
     if config.game is not None:
         itself = [self_play_reward(world, prompts.train)]
-        world = replace(world, rewards=itself, judges_apart=False, keeps_equal=False)
+        world = replace(world, rewards=itself, judges_apart=False, keeps_equal=False, reads_once=True)
     rates = (config.matrix_lr or 1.0, config.adam_lr or 0.0, config.weight_decay)
     optimizers = make_optimizers(policy, "muon" if config.matrix_lr else "adamw", *rates)
     for group in optimizers[-1].param_groups:

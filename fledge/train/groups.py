@@ -104,6 +104,10 @@ class World:
     """Whether each rank judges a part of the roll-outs; a reward that plays itself needs all at once."""
     keeps_equal: bool = True
     """Whether groups without signal count in the averages."""
+    reads_once: bool = False
+    """Whether completions that are the same are read once, in the same step; only where a step has many
+    different ones: else it depends on chance how many completions a step has, and each counts the more the
+    fewer they are."""
 
     @property
     def device(self) -> torch.device:

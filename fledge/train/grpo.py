@@ -49,8 +49,9 @@ def grpo_steps(
         state = State(**saved)
         for number in range(first // settings.updates, settings.rollouts):
             found = sampled_groups(world, prompts, state)
-            same = same_rows(found.rollouts)
-            different = [found.rollouts[numbers[0]] for numbers in same]
+            made = found.rollouts
+            same = same_rows(made) if world.reads_once else [[i] for i in range(len(made))]
+            different = [made[numbers[0]] for numbers in same]
             plan = [world.ranks.even(parts) for parts in _plan(settings, different, number)]
             batch, figures = _experience(world, found, same, plan[: settings.minibatches])
             if settings.stop_kl is not None and figures.get("kl", 0.0) > settings.stop_kl:
@@ -87,8 +88,8 @@ def _experience(
     first_updates: Sequence[Sequence[Sequence[int]]],
 ) -> tuple[Callable[[Sequence[int], Metrics], GroupBatch], Metrics]:
     """What was said of the roll-outs before anything is learned, as a function that makes micro-batches, and
-    all figures. They are read in the micro-batches in which they are learned from first; of those that are
-    the `same` only one is read."""
+    all figures. They are read in the micro-batches in which they are learned from first; of each list of
+    `same` ones only the first is read."""
     if not found.rollouts:
         return lambda _part, _figures: GroupBatch(*[torch.empty(0)] * 5), found.figures  # type: ignore[arg-type]
     rows = padded([found.rollouts[numbers[0]] for numbers in same])

@@ -195,7 +195,7 @@ def test_completions_that_are_the_same_are_read_once() -> None:
     """Each still counts: losses, figures and gradients are those of a batch that holds all of them."""
     settings = replace(SETTINGS, batch_prompts=1, samples=24, max_tokens=1, epochs=1, minibatches=1)
     world = world_of(settings, rewards=rewards_of(lambda made: [float(one.input_ids[-1]) for one in made]))
-    [step] = list(steps_of(replace(world, settings=replace(settings, rollouts=1))))
+    [step] = list(steps_of(replace(world, settings=replace(settings, rollouts=1), reads_once=True)))
     [batch] = step.batches
     assert len(batch.places) == 24 > len(batch.rows.lengths) == len(batch.rows.input_ids.unique(dim=0)) > 1
     every = replace(batch, rows=batch.rows.rows(batch.places.tolist()), places=torch.arange(24))
