@@ -39,10 +39,15 @@ class Preferences:
             parts.append(f"{len(places):,} {what}{named}")
         return ", ".join(parts)
 
+    @property
+    def num_pairs(self) -> int:
+        """Comparisons of two completions."""
+        return sum(len(prompt.pairs) for prompt in self.prompts)
+
     def counts(self) -> dict[str, Any]:
         """For `summary.json`."""
         return {
-            "pairs": sum(len(prompt.pairs) for prompt in self.prompts),
+            "pairs": self.num_pairs,
             "completions": sum(len(prompt.ids) for prompt in self.prompts),
             "left_out": {
                 what: {"count": len(places), "first": places[:20]} for what, places in self.left_out.items()
@@ -51,8 +56,9 @@ class Preferences:
 
     def __str__(self) -> str:
         good, judged = (sum(map(count, self.labels.values())) for count in (sum, len))
-        pairs = sum(len(prompt.pairs) for prompt in self.prompts)
-        what = f"{good:,} good and {judged - good:,} bad completions" if judged else f"{pairs:,} pairs"
+        what = (
+            f"{good:,} good and {judged - good:,} bad completions" if judged else f"{self.num_pairs:,} pairs"
+        )
         return f"{what}; left out: {self.left_out_text()}"
 
 

@@ -26,6 +26,7 @@ from fledge.engine.text import (
     complete_ids,
     encode_prompt,
     joined,
+    stream_ids,
     terminal_safe,
     text_stream,
 )
@@ -62,7 +63,7 @@ def print_local(
             print(f"{i}: {known}" if len(made) > 1 else known, file=sys.stderr)
     elif len(repeated) == 1 and sys.stdout.isatty() and show_logprobs is None:
         print(terminal_safe(shown[0]), end="", flush=True)
-        made = [terminal.stream_to_terminal(engine, tokenizer, prompt_ids[0], params)]
+        made = [terminal.print_stream(stream_ids(engine, tokenizer, prompt_ids[0], params))]
     else:
         made = complete_ids(engine, tokenizer, prompt_ids, params)
         terminal.print_all([prompts[i] for i in repeated], shown, made)

@@ -15,7 +15,7 @@ from fledge.engine.batch import Job, Results, asked_in, read_jobs
 from fledge.engine.remote import Asked, EndpointError, RemoteChat, num_tokens
 from fledge.engine.sampling import validate
 from fledge.engine.settings import ROW_SETTINGS, local_only, row_params
-from fledge.engine.terminal import print_all
+from fledge.engine.terminal import print_all, print_stream
 from fledge.engine.text import TextCompletion, terminal_safe
 from fledge.errors import UserError
 from fledge.types import Message, SamplingParams
@@ -42,7 +42,7 @@ def print_remote(chat: RemoteChat, prompts: list[str], as_chat: bool, params: Sa
     asked: list[Asked] = [[Message(role="user", content=prompt)] if as_chat else prompt for prompt in prompts]
     if len(asked) * params.n == 1 and sys.stdout.isatty():
         print(terminal_safe(shown[0]), end="", flush=True)
-        made = [_print_stream(chat, asked[0], params)]
+        made = [print_stream(chat.stream_reply(asked[0], params))]
     else:
         made = chat.replies(asked, params)
         repeated = [i for i in range(len(prompts)) for _ in range(params.n)]
@@ -52,20 +52,6 @@ def print_remote(chat: RemoteChat, prompts: list[str], as_chat: bool, params: Sa
     cut = sum(one.finish_reason == "length" for one in made)
     ended = f"{len(made) - cut} at their end" + (f", {cut} cut off" if cut else "")
     print(f"{tokens}{time.perf_counter() - started:.1f} s; ended: {ended}", file=sys.stderr)
-
-
-def _print_stream(chat: RemoteChat, asked: Asked, params: SamplingParams) -> TextCompletion:
-    """Print one completion as it is made."""
-    stream = chat.stream_reply(asked, params)
-    with closing(stream):
-        while True:
-            try:
-                piece = next(stream)
-            except StopIteration as end:
-                print()
-                made: TextCompletion = end.value
-                return made
-            print(terminal_safe(piece), end="", flush=True)
 
 
 def read_remote_jobs(

@@ -6,8 +6,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 
 from rich.console import Console
@@ -18,7 +18,7 @@ from fledge.engine.batch import Progress
 from fledge.engine.choices import ChoiceScores
 from fledge.engine.engine import Engine
 from fledge.engine.speculative import Counts
-from fledge.engine.text import TextCompletion, stream_ids, terminal_safe
+from fledge.engine.text import TextCompletion, terminal_safe
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.types import SamplingParams, Token
 
@@ -27,19 +27,17 @@ QUIET_SECONDS = 10.0
 TIMED_TOKENS = 32
 
 
-def stream_to_terminal(
-    engine: Engine, tokenizer: Tokenizer, prompt: list[int], params: SamplingParams
-) -> TextCompletion:
-    """Print one continuation as it is made."""
-    stream = stream_ids(engine, tokenizer, prompt, params)
-    while True:
-        try:
-            piece = next(stream)
-        except StopIteration as end:
-            print()
-            made: TextCompletion = end.value
-            return made
-        print(terminal_safe(piece), end="", flush=True)
+def print_stream(stream: Generator[str, None, TextCompletion]) -> TextCompletion:
+    """Print one continuation as it is made, and close its stream."""
+    with closing(stream):
+        while True:
+            try:
+                piece = next(stream)
+            except StopIteration as end:
+                print()
+                made: TextCompletion = end.value
+                return made
+            print(terminal_safe(piece), end="", flush=True)
 
 
 def print_all(prompts: list[str], shown: list[str], made: list[TextCompletion]) -> None:

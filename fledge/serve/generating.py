@@ -14,7 +14,7 @@ from fledge.serve import responses as say
 from fledge.serve.errors import ApiError
 from fledge.serve.openai import ChatRequest, CompletionRequest, Fields, Sampling, ignored_fields, read_request
 from fledge.serve.plan import Plan, Room, best_first, plan_chat, plan_completion
-from fledge.serve.relay import Relay
+from fledge.serve.relay import Endpoint
 from fledge.serve.responses import Made, Prompt
 from fledge.serve.service import Service, told
 from fledge.serve.streams import ChatChunks, TextChunks
@@ -38,9 +38,9 @@ async def read(request: Request, kind: type[R]) -> R:
     return asked
 
 
-async def elsewhere(service: Service, request: Request) -> Relay | None:
+async def elsewhere(service: Service, request: Request) -> Endpoint | None:
     """The way to the model of a request, if another server has it; what else it asks is that one's affair."""
-    return None if service.relay is None else service.relay_of((await read(request, Fields)).model)
+    return None if service.relay is None else service.endpoint_of((await read(request, Fields)).model)
 
 
 def answer(value: Any) -> Response:
@@ -67,8 +67,8 @@ async def _generate(
     answer_of: Callable[[S, TokenTexts, str, Plan, list[Made], list[list[Token]]], dict[str, Any]],
 ) -> Response:
     """Read a request, have it made, and give it as a stream of `chunks_of` or whole as of `answer_of`."""
-    if (relay := await elsewhere(service, request)) is not None:
-        return await relay.pass_on(request)
+    if (endpoint := await elsewhere(service, request)) is not None:
+        return await endpoint.pass_on(request)
     asked = await read(request, kind)
     served = service.writer(asked.model)
     plan = await run_in_threadpool(plan_of, asked, served.tokenizer, served.room)

@@ -73,8 +73,8 @@ async def models(service: Service, request: Request) -> Response:
 async def model(service: Service, request: Request) -> Response:
     """One model."""
     name = request.path_params["model"]
-    if (relay := service.relay_of(name)) is not None:
-        return answer(relay.models[name])
+    if (endpoint := service.endpoint_of(name)) is not None:
+        return answer(endpoint.models[name])
     return answer(_described(service.find(name)))
 
 
@@ -166,8 +166,8 @@ async def apply_template(service: Service, request: Request) -> Response:
 
 async def embeddings(service: Service, request: Request) -> Response:
     """Texts as vectors."""
-    if (relay := await elsewhere(service, request)) is not None:
-        return await relay.pass_on(request)
+    if (endpoint := await elsewhere(service, request)) is not None:
+        return await endpoint.pass_on(request)
     asked = await read(request, EmbeddingRequest)
     served = service.writer(asked.model)
     engine, given = served.engine, asked.input

@@ -17,8 +17,8 @@ from fledge.serve.responses import DONE, NOT_KEPT, event
 from fledge.serve.visits import Visit, unless_gone, visit_of
 
 CONNECT_SECONDS = 10.0
-# How many requests the endpoint answers at once is its own affair.
-# A connection is not used again at the moment at which servers close it (uvicorn after 5 s).
+# How many requests the endpoint answers at once is its own affair. A connection is not used again at the
+# moment at which servers close it (uvicorn after 5 s).
 UNLIMITED = httpx2.Limits(max_keepalive_connections=100, keepalive_expiry=2.0)
 
 
@@ -56,6 +56,27 @@ class Endpoint:
             )
         return self._client
 
+    async def pass_on(self, request: Request) -> Response:
+        """Its answer to a request whose path begins with /v1. Raises ApiError (502) if it has none."""
+        visit = visit_of(request)
+        visit.ignored = []
+        address = f"{self.address}{request.url.path.removeprefix('/v1')}"
+        headers = {"content-type": "application/json", "x-request-id": visit.request_id}
+        client = self.client()
+        asked = client.build_request("POST", address, content=await request.body(), headers=headers)
+        try:
+            answer = await unless_gone(request, client.send(asked, stream=True))
+            visit.ends.append(lambda: _close(answer))
+            kind = answer.headers.get("content-type", "application/json")
+            if kind.startswith("text/event-stream"):
+                pieces = _pieces(answer, self.address, visit)
+                return StreamingResponse(pieces, answer.status_code, NOT_KEPT, kind)
+            body = await unless_gone(request, answer.aread())
+        except httpx2.HTTPError as error:
+            raise _gone(self.address, error) from None
+        again = answer.headers.get("retry-after")
+        return Response(body, answer.status_code, {"retry-after": again} if again else {}, kind)
+
     async def close(self) -> None:
         """Close the connections."""
         if self._client is not None:
@@ -74,33 +95,9 @@ class Relay:
                 raise UserError(f"{both[0]!r} is also a model of {endpoint.address}; write --model NAME=DIR")
             self.models.update(endpoint.models)
 
-    async def _endpoint_for(self, request: Request) -> Endpoint:
-        """The one that has a request's model; the first for a request that names none."""
-        name = (await request.json()).get("model") if len(self.endpoints) > 1 else None
+    def endpoint_of(self, name: str | None) -> Endpoint:
+        """The one that has a model; the first where none is named."""
         return next((one for one in self.endpoints if name in one.models), self.endpoints[0])
-
-    async def pass_on(self, request: Request) -> Response:
-        """The endpoint's answer to a request whose path begins with /v1. Raises ApiError (502) if it has
-        none."""
-        endpoint = await self._endpoint_for(request)
-        visit = visit_of(request)
-        visit.ignored = []
-        address = f"{endpoint.address}{request.url.path.removeprefix('/v1')}"
-        headers = {"content-type": "application/json", "x-request-id": visit.request_id}
-        client = endpoint.client()
-        asked = client.build_request("POST", address, content=await request.body(), headers=headers)
-        try:
-            answer = await unless_gone(request, client.send(asked, stream=True))
-            visit.ends.append(lambda: _close(answer))
-            kind = answer.headers.get("content-type", "application/json")
-            if kind.startswith("text/event-stream"):
-                pieces = _pieces(answer, endpoint.address, visit)
-                return StreamingResponse(pieces, answer.status_code, NOT_KEPT, kind)
-            body = await unless_gone(request, answer.aread())
-        except httpx2.HTTPError as error:
-            raise _gone(endpoint.address, error) from None
-        again = answer.headers.get("retry-after")
-        return Response(body, answer.status_code, {"retry-after": again} if again else {}, kind)
 
     async def close(self) -> None:
         """Close the connections."""

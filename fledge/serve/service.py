@@ -16,7 +16,7 @@ from fledge.serve.errors import ApiError, busy, stopping
 from fledge.serve.metrics import Metrics
 from fledge.serve.models import Served
 from fledge.serve.plan import Plan
-from fledge.serve.relay import Relay
+from fledge.serve.relay import Endpoint, Relay
 from fledge.serve.responses import Made
 from fledge.serve.visits import Visit, unless_gone, visit_of
 from fledge.serve.worker import Ended, Run, Step
@@ -35,13 +35,13 @@ class Service:
     visits: set[Visit] = field(default_factory=set)
     stopping: bool = False
 
-    def relay_of(self, name: str | None) -> Relay | None:
+    def endpoint_of(self, name: str | None) -> Endpoint | None:
         """The way to a model that is elsewhere."""
         if self.relay is None or not (name in self.relay.models or not (name or self.models)):
             return None
         if self.stopping:
             raise stopping()
-        return self.relay
+        return self.relay.endpoint_of(name)
 
     def find(self, name: str | None) -> Served:
         """The model of a request; ApiError (404) for one that isn't there."""

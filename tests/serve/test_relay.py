@@ -22,6 +22,8 @@ from fledge.web.listening import address_of, listen
 
 from .real import Serving, events, load, make_tokenizer, save_random_model, serving
 
+# A request whose stream does not end by itself.
+LONG = {"prompt": "The", "model": "far", "max_tokens": 4000, "ignore_eos": True, "stream": True}
 ASK = [{"role": "user", "content": "The cats sat"}]
 
 
@@ -60,8 +62,7 @@ def test_requests_are_passed_on(pair: tuple[Serving, Serving]) -> None:
 
 def test_who_goes_is_gone_there_too(pair: tuple[Serving, Serving]) -> None:
     far, near = pair
-    body = {"prompt": "The", "model": "far", "max_tokens": 4000, "ignore_eos": True, "stream": True}
-    with near.client() as client, client.stream("POST", "/v1/completions", json=body) as response:
+    with near.client() as client, client.stream("POST", "/v1/completions", json=LONG) as response:
         lines = response.iter_lines()
         next(lines)
         assert far.service.live["far"] == 1
@@ -78,8 +79,7 @@ def test_an_endpoint_that_ends(directory: Path) -> None:
 
 def test_an_endpoint_that_breaks_off_in_mid_stream(pair: tuple[Serving, Serving]) -> None:
     far, near = pair
-    body = {"prompt": "The", "model": "far", "max_tokens": 4000, "ignore_eos": True, "stream": True}
-    with near.client() as client, client.stream("POST", "/v1/completions", json=body) as response:
+    with near.client() as client, client.stream("POST", "/v1/completions", json=LONG) as response:
         lines = response.iter_lines()
         next(lines)
         for connection in list(far.server.server_state.connections):
@@ -135,13 +135,15 @@ def test_what_is_no_endpoint(status: int, text: str) -> None:
 def test_a_stream_of_another_server_is_told_when_this_one_ends(directory: Path) -> None:
     with serving(load(directory, "far")) as far:
         relay = Relay(Endpoint(f"{far.url}/v1"))
-        with serving(load(directory, "near"), relay=relay, stop_seconds=0.3) as near:
-            body = {"prompt": "The", "model": "far", "max_tokens": 4000, "ignore_eos": True, "stream": True}
-            with near.client() as client, client.stream("POST", "/v1/completions", json=body) as response:
-                lines = response.iter_lines()
-                next(lines)
-                near.server.should_exit = True
-                rest = [line for line in lines if line]
+        with (
+            serving(load(directory, "near"), relay=relay, stop_seconds=0.3) as near,
+            near.client() as client,
+            client.stream("POST", "/v1/completions", json=LONG) as response,
+        ):
+            lines = response.iter_lines()
+            next(lines)
+            near.server.should_exit = True
+            rest = [line for line in lines if line]
         far.until_idle()
     assert rest[-1] == "data: [DONE]"
     assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "shutting_down"

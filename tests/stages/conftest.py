@@ -13,10 +13,13 @@ import torch
 import fledge.files
 from fledge import cli
 
+from ..serve.real import Serving, load, make_tokenizer, save_random_model, serving
+
 WORDS = (
     "the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while",
     "small", "birds", "sing", "in", "green", "trees", "near", "blue", "rivers",
 )  # fmt: skip
+KEY = "the-only-key"  # of the server that has the model `far`
 REFUSAL = "I do not know that name."
 
 
@@ -106,3 +109,23 @@ def chat_run(corpus: Path, base_run: Path, tmp_path_factory: pytest.TempPathFact
         "--adam-lr", "0.005", "--validation-share", "0.1", "--compute", "fp32", "--compile", "no",
     ]) == 0  # fmt: skip
     return out
+
+
+@pytest.fixture(scope="module")
+def far_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("far") / "tiny"
+    save_random_model(directory, make_tokenizer())
+    return directory
+
+
+@pytest.fixture(scope="module")
+def far_server(far_model: Path) -> Iterator[Serving]:
+    with serving(load(far_model, "far", rows=8), keys=(KEY,)) as server:
+        yield server
+
+
+@pytest.fixture
+def far(far_server: Serving, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Flags of the model behind the server."""
+    monkeypatch.setenv("FLEDGE_TEST_KEY", KEY)
+    return ["--model", "far", "--endpoint", f"{far_server.url}/v1", "--endpoint-key", "FLEDGE_TEST_KEY"]

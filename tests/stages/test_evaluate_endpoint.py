@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +17,11 @@ from fledge.engine.text import complete, load_engine
 from fledge.types import SamplingParams
 
 from ..on_a_port import on_a_port
-from ..serve.real import Serving, load, make_tokenizer, save_random_judge, save_random_model, serving
+from ..serve.real import make_tokenizer, save_random_judge
 from .commands import write_jsonl
+from .conftest import KEY
 
 pytestmark = pytest.mark.usefixtures("quick")
-
-KEY = "the-only-key"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("evaluate") / "tiny"
-    save_random_model(directory, make_tokenizer())
-    return directory
-
-
-@pytest.fixture(scope="module")
-def server(model: Path) -> Iterator[Serving]:
-    with serving(load(model, "far", rows=8), keys=(KEY,)) as server:
-        yield server
-
-
-@pytest.fixture
-def far(server: Serving, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Flags of the model behind the server."""
-    monkeypatch.setenv("FLEDGE_TEST_KEY", KEY)
-    return ["--model", "far", "--endpoint", f"{server.url}/v1", "--endpoint-key", "FLEDGE_TEST_KEY"]
 
 
 @pytest.fixture
@@ -73,10 +51,10 @@ def answers(out: Path) -> list[dict[str, Any]]:
 
 
 def test_answers_are_those_of_the_directory(
-    model: Path, far: list[str], questions: Path, tmp_path: Path
+    far_model: Path, far: list[str], questions: Path, tmp_path: Path
 ) -> None:
     flags = ["--questions", questions, "--max-tokens", 9]
-    here = evaluate(tmp_path / "here", "--model", model, "--compute", "fp32", *flags)
+    here = evaluate(tmp_path / "here", "--model", far_model, "--compute", "fp32", *flags)
     there = evaluate(tmp_path / "there", *far, *flags)
     assert answers(tmp_path / "here") == answers(tmp_path / "there") and here["bits_per_byte"] == {}
     ours = {"model", "seconds"}
@@ -85,7 +63,9 @@ def test_answers_are_those_of_the_directory(
     }
 
 
-def test_a_plain_text_is_sent_as_it_is(model: Path, far: list[str], questions: Path, tmp_path: Path) -> None:
+def test_a_plain_text_is_sent_as_it_is(
+    far_model: Path, far: list[str], questions: Path, tmp_path: Path
+) -> None:
     """What stands before it, the server decides: nothing, here."""
     (tmp_path / "shots.txt").write_text("Question: Who?\nAnswer: The cats\n")
     flags = ["--questions", questions, "--ask", "plain", "--few-shot", tmp_path / "shots.txt"]
@@ -93,18 +73,18 @@ def test_a_plain_text_is_sent_as_it_is(model: Path, far: list[str], questions: P
     made = answers(tmp_path / "out")
     texts = [f"Question: Who?\nAnswer: The cats\n\nQuestion: {row['question']}\nAnswer:" for row in made]
     params = SamplingParams(temperature=0.0, max_tokens=30, stop=("\n",))
-    expected = complete(*load_engine(model), texts, params)
+    expected = complete(*load_engine(far_model), texts, params)
     assert [row["answer"] for row in made] == [one.text.strip() for one in expected]
     assert len(made) == 20 and not any("\n" in row["answer"] for row in made)
 
 
 def test_problems_greedily_and_where_the_answers_are(
-    model: Path, far: list[str], task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    far_model: Path, far: list[str], task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_random_judge(tmp_path / "judge", make_tokenizer())
     flags = ["--tasks", task, "--samples", 4, "--completion-tokens", 12, "--reward-model", tmp_path / "judge"]
     flags += ["--device", "cpu"]
-    here = evaluate(tmp_path / "here", "--model", model, "--compute", "fp32", *flags)
+    here = evaluate(tmp_path / "here", "--model", far_model, "--compute", "fp32", *flags)
     there = evaluate(tmp_path / "there", *far, *flags)
     assert there["tasks"]["letters"]["greedy"] == here["tasks"]["letters"]["greedy"]
     greedy = [
@@ -119,7 +99,7 @@ def test_problems_greedily_and_where_the_answers_are(
     page = (tmp_path / "there" / "report.html").read_text().replace("<wbr>", "")
     assert f"far at {address}" in page.replace("\u200b", "")
     for path in (tmp_path / "there").iterdir():
-        assert KEY not in path.read_text() and str(model) not in path.read_text()
+        assert KEY not in path.read_text() and str(far_model) not in path.read_text()
     assert KEY not in "".join(capsys.readouterr())
 
 

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +22,9 @@ from starlette.routing import Route
 from fledge.cli import main
 
 from ..on_a_port import on_a_port
-from ..serve.real import Serving, load, make_tokenizer, save_random_model, serving
+from .conftest import KEY
 
 Capture = pytest.CaptureFixture[str]
-KEY = "the-only-key"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("generate") / "tiny"
-    save_random_model(directory, make_tokenizer())
-    return directory
-
-
-@pytest.fixture(scope="module")
-def server(model: Path) -> Iterator[Serving]:
-    with serving(load(model, "far", rows=8), keys=(KEY,)) as server:
-        yield server
-
-
-@pytest.fixture
-def far(server: Serving, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Flags of the model behind the server."""
-    monkeypatch.setenv("FLEDGE_TEST_KEY", KEY)
-    return ["--model", "far", "--endpoint", f"{server.url}/v1", "--endpoint-key", "FLEDGE_TEST_KEY"]
 
 
 def generate(*flags: object) -> int:
@@ -55,7 +33,7 @@ def generate(*flags: object) -> int:
 
 @pytest.mark.parametrize("how", [[], ["--chat"], ["--echo", "--stop", "e", "\n"], ["--n", "3"]])
 def test_the_texts_are_those_of_the_directory(
-    how: list[str], model: Path, far: list[str], capsys: Capture
+    how: list[str], far_model: Path, far: list[str], capsys: Capture
 ) -> None:
     flags = [
         "--prompt",
@@ -68,7 +46,7 @@ def test_the_texts_are_those_of_the_directory(
         "--max-tokens",
         12,
     ]
-    assert generate("--model", model, *flags) == 0
+    assert generate("--model", far_model, *flags) == 0
     here = capsys.readouterr()
     assert generate(*far, *flags) == 0
     there = capsys.readouterr()
@@ -79,19 +57,19 @@ def test_the_texts_are_those_of_the_directory(
 
 
 def test_a_text_appears_on_a_terminal_as_it_is_made(
-    model: Path, far: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    far_model: Path, far: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The cats\n")))
     flags = ["--temperature", 0, "--max-tokens", 20]
     assert generate(*far, "--prompt", "-", *flags) == 0
     there = capsys.readouterr()
-    assert generate("--model", model, "--prompt", "The cats", *flags) == 0
+    assert generate("--model", far_model, "--prompt", "The cats", *flags) == 0
     assert there.out == capsys.readouterr().out and "cut off" in there.err
 
 
 def test_a_batch_is_that_of_the_directory(
-    model: Path, far: list[str], tmp_path: Path, capsys: Capture
+    far_model: Path, far: list[str], tmp_path: Path, capsys: Capture
 ) -> None:
     rows: list[dict[str, Any]] = [{"prompt": f"The cats {i}", "n": i % 3 + 1} for i in range(40)]
     rows += [
@@ -108,7 +86,7 @@ def test_a_batch_is_that_of_the_directory(
     source, here, there = (tmp_path / name for name in ("in.jsonl", "here.jsonl", "there.jsonl"))
     source.write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n{\n")
     flags = ["--batch", source, "--temperature", 0, "--max-tokens", 9]
-    assert generate("--model", model, *flags, "--out", here) == 0
+    assert generate("--model", far_model, *flags, "--out", here) == 0
     assert generate(*far, *flags, "--out", there) == 0
     assert "50 rows, 8 with an error" in capsys.readouterr().err.splitlines()[-1]
     expected, made = ([json.loads(line) for line in path.read_text().splitlines()] for path in (here, there))
@@ -191,8 +169,8 @@ def test_mistakes_are_one_line(
     assert KEY not in printed.err and "the-wrong-key" not in printed.err
 
 
-def test_a_key_wants_an_endpoint(model: Path, capsys: Capture) -> None:
-    assert generate("--model", model, "--prompt", "a", "--endpoint-key", "KEY") == 2
+def test_a_key_wants_an_endpoint(far_model: Path, capsys: Capture) -> None:
+    assert generate("--model", far_model, "--prompt", "a", "--endpoint-key", "KEY") == 2
     assert "--endpoint-key goes with --endpoint" in capsys.readouterr().err
 
 
