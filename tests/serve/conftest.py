@@ -11,8 +11,9 @@ from ..on_a_port import CHROMIUM, FLAGS
 from .scripted import Scripted
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """Of one module: while it is open, `asyncio.run` is refused in this thread."""
     sync_api = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("needs chromium")
