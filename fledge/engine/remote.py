@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -75,10 +76,32 @@ class RemoteChat:
         self._key = key
         self.reached = False  # whether it has ever answered
         self.client = httpx2.Client(headers=headers, timeout=timeout_seconds, transport=transport)
+        self._count, self._under_way, self._closed = threading.Lock(), 0, False
 
     def close(self) -> None:
-        """Close the connections."""
-        self.client.close()
+        """Close the connections: at once where nothing is asked, else with the last request under way (one that
+        is opening its connection now would leave it open)."""
+        with self._count:
+            self._closed = True
+            idle = self._under_way == 0
+        if idle:
+            self.client.close()
+
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        """A request under way."""
+        with self._count:
+            if self._closed:
+                raise EndpointError(f"{self.address}: closed")
+            self._under_way += 1
+        try:
+            yield
+        finally:
+            with self._count:
+                self._under_way -= 1
+                last = self._closed and self._under_way == 0
+            if last:
+                self.client.close()
 
     def reply(self, asked: Asked, params: SamplingParams) -> TextCompletion:
         """What follows. Raises UserError (EndpointError: see there) when there is none."""
@@ -109,7 +132,7 @@ class RemoteChat:
         address, text, reason, whole = self._address(asked), "", None, False
         content = self._request(asked, params, stream=True)
         try:
-            with self.client.stream("POST", address, content=content, headers=JSON) as answer:
+            with self._open(), self.client.stream("POST", address, content=content, headers=JSON) as answer:
                 if answer.status_code != 200:
                     answer.read()
                     raise UserError(answers.refusal(address, answer, self._key))
@@ -156,7 +179,8 @@ class RemoteChat:
             pause, most = 2.0**tries, TRIES
             kind: type[UserError] = EndpointError
             try:
-                answer = self.client.post(address, content=content, headers=JSON)
+                with self._open():
+                    answer = self.client.post(address, content=content, headers=JSON)
                 self.reached = True
                 if answer.status_code == 200:
                     return answer.json()

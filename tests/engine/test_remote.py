@@ -304,3 +304,45 @@ def test_what_may_be_wrong_where_nothing_is_found(address: str, body: dict[str, 
     transport = httpx2.MockTransport(lambda _: httpx2.Response(404, json=body))
     with pytest.raises(EndpointError, match=f"{hint}[^;]*$"):
         RemoteChat(address, "m", transport=transport).reply("Once", SamplingParams())
+
+
+def test_closed_with_the_last_request_under_way_and_nothing_asked_after() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    closings: list[bool] = []
+
+    class Transport(httpx2.MockTransport):
+        def close(self) -> None:
+            closings.append(go_on.is_set())
+
+    def handler(_request: httpx2.Request) -> httpx2.Response:
+        begun.set()
+        assert go_on.wait(10)
+        return answering("Late.")
+
+    chat = RemoteChat("http://models.example/v1/", "m", transport=Transport(handler))
+    made: list[str] = []
+    thread = threading.Thread(target=lambda: made.append(chat.reply(ASKED, SamplingParams()).text))
+    thread.start()
+    assert begun.wait(10)
+    chat.close()
+    assert closings == []
+    go_on.set()
+    thread.join()
+    assert made == ["Late."] and closings == [True]
+    with pytest.raises(EndpointError, match="closed"):
+        chat.reply(ASKED, SamplingParams())
+    with pytest.raises(EndpointError, match="closed"):
+        list(chat.stream(ASKED, SamplingParams()))
+
+
+def test_closed_at_once_where_nothing_is_asked() -> None:
+    closings: list[None] = []
+
+    class Transport(httpx2.MockTransport):
+        def close(self) -> None:
+            closings.append(None)
+
+    chat = RemoteChat("http://models.example/v1/", "m", transport=Transport(lambda _: answering("Hi.")))
+    assert chat.reply(ASKED, SamplingParams()).text == "Hi."
+    chat.close()
+    assert closings == [None]
