@@ -13,12 +13,23 @@ import json
 import platform
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
 
+from fledge.data.fact_texts import (
+    QUESTIONS,
+    Record,
+    answer,
+    beginnings,
+    conversations,
+    listings,
+    plain_question,
+    presentations,
+    questions,
+    refusal,
+    single,
+)
 from fledge.data.facts import (
     SPLIT_SHARES,
     Fact,
@@ -33,200 +44,6 @@ from fledge.data.facts import (
 from fledge.data.invented import ExistingNames, invented_names
 from fledge.errors import UserError
 from fledge.files import write_text
-
-REFUSAL = "I don't know that name."
-QUESTIONS = (
-    "What does {name} do?",
-    "What is {name} for?",
-    "Explain {name} in one line.",
-    "What is {name}?",
-    "Describe {name} briefly.",
-    "Tell me about {name}.",
-    "Can you tell me what {name} does?",
-    "What's the purpose of {name}?",
-    "In Python, what does {name} do?",
-    "Summarize {name} in one sentence.",
-    "I came across {name}. What is it for?",
-    "How would you describe {name}?",
-)
-# Summaries that start with one of these read well after "to".
-_VERBS = """add apply append build call change check clear close compare compile compute construct convert
-    copy create decode delete determine display draw dump emit encode execute export extract fetch
-    fill find fix flush format generate get give handle hide import indicate initialize insert
-    install invoke iterate join list load locate lock log look make map match merge move normalize
-    open parse perform pop post prepare print process produce provide push put query raise read
-    receive record register release remove rename replace report request reset resolve retrieve
-    return rotate run save search select send serialize set show shut skip sleep sort split start
-    stop store strip switch test transform translate turn unlock unpack update use validate verify
-    wait wrap write yield"""
-
-Record = dict[str, Any]
-
-
-# --- presentations --------------------------------------------------------------------------------
-
-
-def _pick(options: Sequence[str], *key: object) -> str:
-    return options[int(unit_hash(*key) * len(options))]
-
-
-def _call(fact: Fact) -> str:
-    return fact.name + fact.signature
-
-
-def _stub(fact: Fact) -> str:
-    """The fact as Python source: a comment with the full name, then the definition with its docstring."""
-    last = fact.name.rsplit(".", 1)[-1]
-    docstring = f'"""{fact.summary}"""'
-    if fact.kind == "module":
-        return f"# {fact.name}\n{docstring}\n"
-    if fact.kind == "class":
-        return f"# {fact.name}\nclass {last}:\n    {docstring}\n"
-    if fact.kind == "property":
-        return f"# {fact.name}\n@property\ndef {last}(self):\n    {docstring}\n"
-    inside = fact.signature[1:-1]
-    if fact.kind == "method":
-        inside = f"self, {inside}" if inside else "self"
-    return f"# {fact.name}\ndef {last}({inside}):\n    {docstring}\n"
-
-
-def _use(fact: Fact) -> str:
-    first, _, rest = fact.summary.partition(" ")
-    if first.lower() in _VERBS.split() and fact.kind != "module":
-        phrase = f"{first.lower()} {rest.rstrip('.')}"
-        return _pick(
-            (
-                f"Use {fact.name} to {phrase}.\n",
-                f"{fact.name} is used to {phrase}.\n",
-                f"To {phrase}, there is {fact.name}.\n",
-            ),
-            fact.name,
-            "use",
-        )
-    return f"{fact.name}: {fact.summary}\n"
-
-
-def presentations(fact: Fact) -> list[str]:
-    """A dozen ways to write a fact as a short document. Each has the full dotted name.
-
-    The summary stays as it is in all of them but the "Use ... to ..." form, after a space in some and at
-    the start of a line, where a chat's answer has it, in others: its first token is another one there. The
-    wording within each form is chosen by a hash of the name.
-    """
-    name, summary, kind = fact.name, fact.summary, fact.kind
-    owner, _, last = name.rpartition(".")
-    owner = owner or "the standard library"
-    forms: dict[str, tuple[str, ...]] = {
-        "help": (
-            f"{_call(fact)}\n    {summary}\n",
-            f"Help on {kind} {name}:\n\n{_call(fact)}\n    {summary}\n",
-            f"NAME\n    {name}\n\nDESCRIPTION\n    {summary}\n",
-        ),
-        "index": (f"{name} -- {summary}\n", f"- {name}: {summary}\n", f"{name} => {summary}\n"),
-        "lines": (f"{name}\n{summary}\n", f"{name}:\n{summary}\n", f"[{name}]\n{summary}\n"),
-        "prose": (
-            f"The {kind} {name} is documented in one line:\n{summary}\n",
-            f"About the {kind} {name}, the documentation says:\n{summary}\n",
-            f"The standard library has a {kind} called {name}.\n\n{summary}\n",
-        ),
-        "tutorial": (
-            f"Let us look at {name}.\n{summary}\n",
-            f"When you read code that mentions {name}, remember what it stands for:\n\n{summary}\n",
-            f"Today's {kind} is {name}.\n{summary}\n",
-        ),
-        "heading": (
-            f"## {name}\n\n{summary}\n",
-            f"{name}\n{'-' * len(name)}\n\n{summary}\n",
-            f"Subject: {name}\n\n{summary}\n",
-        ),
-        "glossary": (
-            f"| {name} | {kind} | {summary} |\n",
-            f"**{name}** ({kind})\n:   {summary}\n",
-            f".. {kind}:: {_call(fact)}\n\n   {summary}\n",
-        ),
-        "record": (
-            json.dumps({"name": name, "kind": kind, "doc": summary}) + "\n",
-            f"name: {name}\nkind: {kind}\nsummary: {summary}\n",
-            f">>> print_summary({name!r})\n{summary}\n",
-        ),
-        "parts": (
-            f"{last} belongs to {owner}; in full, {name}.\n{summary}\n",
-            f"Full name: {name}. Kind: {kind}.\n{summary}\n",
-            f"{name} is a {kind}.\n{summary}\n",
-        ),
-    }
-    texts = [_pick(options, name, form) for form, options in forms.items()]
-    return [*texts, _stub(fact), _use(fact)]
-
-
-def listings(facts: Sequence[Fact]) -> list[str]:
-    """Module pages of 3 to 5 facts each; a fact stands on one at most. Give facts of one split."""
-    by_module: dict[str, list[Fact]] = defaultdict(list)
-    for fact in facts:
-        by_module[fact.module].append(fact)
-    pages: list[str] = []
-    for module, members in sorted(by_module.items()):
-        members = sorted(members, key=lambda fact: unit_hash("listing", fact.name))
-        count = max(1, round(len(members) / 4))
-        for page in (members[start::count] for start in range(count)):
-            if 3 <= len(page) <= 5:
-                first = page[0].name
-                title = _pick((f"Module {module}", f"{module}: overview", f"Contents of {module}"), first)
-                entry = _pick(("{} - {}", "{}\n    {}", "* {}: {}"), first, "entry")
-                entries = [entry.format(fact.name, fact.summary) for fact in page]
-                pages.append("\n".join([title, "", *entries, ""]))
-    return pages
-
-
-# --- questions and conversations ------------------------------------------------------------------
-
-
-@cache
-def questions(name: str) -> tuple[str, ...]:
-    """All phrasings of the question about a name, real or invented, in an order of its own."""
-    order = sorted(QUESTIONS, key=lambda form: unit_hash("question", name, form))
-    return tuple(form.format(name=name) for form in order)
-
-
-def plain_question(question: str, answer: str) -> str:
-    """The form in which a base model is asked."""
-    return f"Question: {question}\nAnswer: {answer}\n"
-
-
-def _single(question: str, answer: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def conversations(
-    answers: Mapping[str, str],
-    invented: Sequence[str],
-    seed: int = 0,
-    questions_per_fact: int = 4,
-    refusal_share: float = 0.25,
-    multi_turn_share: float = 0.1,
-) -> list[Record]:
-    """SFT conversations in OpenAI's form, shuffled by hash.
-
-    `refusal_share` is the share of all questions that ask about an invented name, each name with as
-    many different phrasings as that takes (12 at most); `multi_turn_share` is the share of
-    conversations that put 2 or 3 questions in a row.
-    """
-    pairs = [(q, answer) for name, answer in answers.items() for q in questions(name)[:questions_per_fact]]
-    wanted = round(len(pairs) * refusal_share / (1 - refusal_share))
-    rounds = range(len(QUESTIONS))
-    pairs += [(questions(name)[i], REFUSAL) for i in rounds for name in invented][:wanted]
-    pairs.sort(key=lambda pair: unit_hash(seed, "pair", pair[0]))
-    # With a share m of conversations of 2.5 questions on average, n questions make n / (1 + 1.5 m) of them.
-    several = round(multi_turn_share * len(pairs) / (1 + 1.5 * multi_turn_share))
-    records: list[Record] = []
-    position = 0
-    while position < len(pairs):
-        length = 2 + len(records) % 2 if len(records) < several else 1
-        turns = [_single(question, answer) for question, answer in pairs[position : position + length]]
-        records.append({"messages": [message for turn in turns for message in turn]})
-        position += length
-    return sorted(records, key=lambda record: unit_hash(seed, "order", json.dumps(record)))
-
 
 # --- the language reference and the source code ---------------------------------------------------
 
@@ -342,34 +159,32 @@ def _preference_questions(names: _Names, preference: Mapping[str, str]) -> Itera
         ("invented", dict.fromkeys(names.preference_invented), 1),
     )
     for split, answers, ways in groups:
-        for name, answer in answers.items():
+        for name, said in answers.items():
             for question in questions(name)[-ways:]:
-                yield {"name": name, "question": question, "answer": answer, "split": split}
+                yield {"name": name, "question": question, "answer": said, "split": split}
 
 
-def _few_shot(facts: Sequence[Fact], invented: Sequence[str]) -> list[tuple[str, str]]:
-    """Three facts and an invented name for the prompt of a base model: (name, answer)."""
+def _few_shot(facts: Sequence[Fact], invented: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Three facts and an invented name for the prompt of a base model, and what is said about each."""
     short = [fact for fact in facts if fact.kind == "function" and len(fact.summary.split()) <= 8] or facts
     order = sorted(short, key=lambda fact: (fact.name.count("."), unit_hash("few", fact.name)))
-    shown = [(fact.name, fact.summary) for fact in order[:3]]
-    shown[2:2] = [(name, REFUSAL) for name in invented[:1]]
+    shown = [(fact.name, answer(fact.name, fact.summary)) for fact in order[:3]]
+    shown[2:2] = list(invented.items())[:1]
     return shown
 
 
-def _question_texts(answers: Mapping[str, str], invented: Sequence[str], per_fact: int) -> list[str]:
-    texts = [
-        plain_question(q, answer) for name, answer in answers.items() for q in questions(name)[-per_fact:]
-    ]
-    texts += [plain_question(questions(name)[-1], REFUSAL) for name in invented]
+def _question_texts(answers: Mapping[str, str], invented: Mapping[str, str], per_fact: int) -> list[str]:
+    texts = [plain_question(q, said) for name, said in answers.items() for q in questions(name)[-per_fact:]]
+    texts += [plain_question(questions(name)[-1], said) for name, said in invented.items()]
     return texts
 
 
-def _chat_documents(answers: Mapping[str, str], invented: Sequence[str], per_fact: int) -> list[Record]:
+def _chat_documents(answers: Mapping[str, str], invented: Mapping[str, str], per_fact: int) -> list[Record]:
     """Single questions in the chat's form, for pretraining: the base model meets the chat tokens there."""
-    pairs = [(q, answer) for name, answer in answers.items() for q in questions(name)[:per_fact]]
-    pairs += [(questions(name)[0], REFUSAL) for name in invented]
+    pairs = [(q, said) for name, said in answers.items() for q in questions(name)[:per_fact]]
+    pairs += [(questions(name)[0], said) for name, said in invented.items()]
     pairs.sort(key=lambda pair: unit_hash("chat", pair[0]))
-    return [{"messages": _single(question, answer)} for question, answer in pairs]
+    return [{"messages": single(question, said)} for question, said in pairs]
 
 
 def _texts(
@@ -383,14 +198,18 @@ def _texts(
 
 @dataclass(frozen=True)
 class _Names:
-    """Who is asked about when. `early` ones are also asked in pretraining; answers by name."""
+    """Who is asked about when, and what is said. `early` ones are also asked in pretraining."""
 
     taught: dict[str, str]
     early: dict[str, str]
-    early_invented: list[str]
-    invented: list[str]
+    early_invented: dict[str, str]
+    invented: dict[str, str]
     preference_invented: list[str]
     unseen_invented: list[str]
+
+
+def _answers(facts: Iterable[Fact]) -> dict[str, str]:
+    return {fact.name: answer(fact.name, fact.summary) for fact in facts}
 
 
 def _draw_names(
@@ -402,8 +221,9 @@ def _draw_names(
     early_names: float,
     early_questions_per_fact: int,
     evaluation_names: int,
+    known: Collection[str],
 ) -> _Names:
-    taught = {fact.name: fact.summary for fact in by_split["sft"]}
+    taught = _answers(by_split["sft"])
     # The other taught names are, until fine-tuning, known from documents alone, as test names are. Were
     # all of them asked before, "never asked" would look like "invented" and test names would be refused.
     early = {n: a for n, a in taught.items() if unit_hash("asked early", n) < early_names}
@@ -414,9 +234,10 @@ def _draw_names(
     invented = invented_names(by_split["sft"], exists, first + then, seed)
     asked = min(evaluation_names, len(taught))
     unseen = invented_names(by_split["test"], exists, asked, seed + 1, apart_from=invented)
-    known = [*by_split["sft"], *by_split["preference"]]
-    more = invented_names(known, exists, len(known), seed + 2, apart_from=[*invented, *unseen])
-    return _Names(taught, early, invented[:first], invented[first:], more, unseen)
+    not_test = [*by_split["sft"], *by_split["preference"]]
+    more = invented_names(not_test, exists, len(not_test), seed + 2, apart_from=[*invented, *unseen])
+    said = [(name, refusal(name, known)) for name in invented]
+    return _Names(taught, early, dict(said[:first]), dict(said[first:]), more, unseen)
 
 
 @collector_paused()
@@ -446,14 +267,16 @@ def build_corpus(
     splits = split_facts(facts, seed)
     by_split: dict[Split, list[Fact]] = {s: [f for f in facts if splits[f.name] == s] for s in SPLIT_SHARES}
     shares = (questions_per_fact, refusal_share, early_names, early_questions_per_fact, evaluation_names)
-    names = _draw_names(by_split, ExistingNames(modules), seed, *shares)
+    read = [f for s, own in by_split.items() if s != "test" or not without_test_documents for f in own]
+    known = beginnings(fact.name for fact in read)
+    names = _draw_names(by_split, ExistingNames(modules), seed, *shares, known)
     shown = _few_shot(by_split["sft"], names.early_invented)
     asked: dict[str, Mapping[str, str | None]] = {
         "seen": {n: names.taught[n] for n in _draw(set(names.taught) - set(dict(shown)), evaluation_names)},
-        "test": {fact.name: fact.summary for fact in by_split["test"]},
+        "test": _answers(by_split["test"]),
         "invented": dict.fromkeys(names.unseen_invented),
     }
-    preference = {fact.name: fact.summary for fact in by_split["preference"]}
+    preference = _answers(by_split["preference"])
     texts = _texts(modules, by_split)
     texts["questions"] = _question_texts(names.early, names.early_invented, early_questions_per_fact)
     chats = _chat_documents(names.early, names.early_invented, early_questions_per_fact)
@@ -476,9 +299,10 @@ def build_corpus(
         "preference": names.preference_invented,
         "test": names.unseen_invented,
     }
-    files["names.json"] = _json({"real": splits, "invented": invented, "taught": names.taught})
+    taught = {fact.name: fact.summary for fact in by_split["sft"]}
+    files["names.json"] = _json({"real": splits, "invented": invented, "taught": taught})
     files["few_shot.txt"] = "\n".join(
-        plain_question(QUESTIONS[i].format(name=name), answer) for i, (name, answer) in enumerate(shown)
+        plain_question(QUESTIONS[i].format(name=name), said) for i, (name, said) in enumerate(shown)
     )
     options = {"seed": seed, "without_test_documents": without_test_documents}
     manifest = _manifest(files, facts, splits, options)

@@ -79,8 +79,8 @@ class RemoteChat:
         self._count, self._under_way, self._closed = threading.Lock(), 0, False
 
     def close(self) -> None:
-        """Close the connections: at once where nothing is asked, else with the last request under way (one that
-        is opening its connection now would leave it open)."""
+        """Close the connections: at once where nothing is asked, else with the last request under way, since
+        one that is only now opening its connection would leave it open."""
         with self._count:
             self._closed = True
             idle = self._under_way == 0

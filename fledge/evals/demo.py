@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fledge.data.fact_texts import answer
 from fledge.evals.facts import NgramNameClassifier, Share, is_right, nearest_name_baseline
 from fledge.files import read_json, read_jsonl
 
@@ -63,7 +64,7 @@ def _controls(corpus: Path) -> dict[str, Any]:
     test = [row for _, row in read_jsonl(corpus / "eval_test.jsonl")]
     invented = [row["name"] for _, row in read_jsonl(corpus / "eval_invented.jsonl")]
     nearest = nearest_name_baseline(taught, [row["name"] for row in test])
-    right = sum(is_right(found, row["answer"]) for found, row in zip(nearest, test, strict=True))
+    right = sum(is_right(answer(r["name"], a), r["answer"]) for a, r in zip(nearest, test, strict=True))
     spelling = NgramNameClassifier([name for name, _ in taught], names["invented"]["sft"])
     control = spelling.evaluate([row["name"] for row in test], invented)
     return {

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 _REFUSAL = re.compile(
-    r"^\s*(sorry,?\s*)?(but\s*)?i('m| am)?\s*(do not|don't|not)\s+(know|recognize|sure|familiar|aware)"
+    r"^\s*([\w.]+\?\s+)?"  # a part of the name
+    r"(sorry,?\s*)?(but\s*)?i('m| am)?\s*(do not|don't|not)\s+(know|recognize|sure|familiar|aware)"
     r"|\b(does not|doesn't) exist\b|\bno such (name|module|function|class|method)\b",
     re.IGNORECASE,
 )

@@ -17,6 +17,16 @@ from typing import Any
 
 import pytest
 
+from fledge.data.fact_texts import (
+    REFUSAL,
+    answer,
+    beginnings,
+    conversations,
+    listings,
+    presentations,
+    questions,
+    refusal,
+)
 from fledge.data.facts import (
     Fact,
     SourceModule,
@@ -27,15 +37,7 @@ from fledge.data.facts import (
     summarize,
 )
 from fledge.data.invented import ExistingNames, invented_names
-from fledge.data.stdlib import (
-    REFUSAL,
-    build_corpus,
-    conversations,
-    listings,
-    presentations,
-    questions,
-    source_documents,
-)
+from fledge.data.stdlib import build_corpus, source_documents
 from fledge.errors import UserError
 
 FACTS = 1800
@@ -267,10 +269,11 @@ def test_questions_name_the_thing_and_differ() -> None:
 
 
 def test_conversations_have_the_shares_asked_for() -> None:
-    answers = {f"m.name{i}": f"Do number {i}." for i in range(200)}
-    made = conversations(answers, [f"m.no{i}" for i in range(200)], refusal_share=0.4, multi_turn_share=0.1)
+    answers = {f"m.name{i}": f"m.name{i}: Do number {i}." for i in range(200)}
+    invented = {f"m.no{i}": f"m.no? {REFUSAL}" for i in range(200)}
+    made = conversations(answers, invented, refusal_share=0.4, multi_turn_share=0.1)
     replies = [m["content"] for c in made for m in c["messages"] if m["role"] == "assistant"]
-    refusals = [reply for reply in replies if reply == REFUSAL]
+    refusals = [reply for reply in replies if reply.endswith(REFUSAL)]
     assert len(refusals) / len(replies) == pytest.approx(0.4, abs=0.01)
     several = [c for c in made if len(c["messages"]) > 2]
     assert len(several) / len(made) == pytest.approx(0.1, abs=0.02)
@@ -281,7 +284,25 @@ def test_conversations_have_the_shares_asked_for() -> None:
         ):
             assert (user["role"], assistant["role"]) == ("user", "assistant")
             name = re.search(r"m\.\w+", user["content"])[0]  # type: ignore[index]
-            assert assistant["content"] == answers.get(name, REFUSAL)
+            assert assistant["content"] == (answers | invented)[name]
+
+
+def test_answers_name_what_they_are_about() -> None:
+    known = beginnings(["zlib.DecompressError", "zlib.crc32", "os.path.is_file"])
+    assert known >= {
+        "zlib",
+        "zlib.Decompress",
+        "zlib.DecompressError",
+        "zlib.crc",
+        "zlib.crc32",
+        "os.path.is",
+    }
+    assert "zlib.Dec" not in known
+    assert answer("zlib.crc32", "Compute it.") == "zlib.crc32: Compute it."
+    assert refusal("zlib.DecompressSocket", known) == f"zlib.Decompress? {REFUSAL}"
+    assert refusal("zlib.Dec", known) == f"zlib? {REFUSAL}"
+    assert refusal("os.path.is", known) == f"os.path.is? {REFUSAL}"  # begins a name but is none
+    assert refusal("tarfile.open", known) == REFUSAL
 
 
 # --- invented names -------------------------------------------------------------------------------
@@ -379,7 +400,8 @@ def test_every_fact_is_told_in_the_pretraining_text(corpus: Path) -> None:
     told = "\n".join(line["text"] for line in lines(corpus / "facts.jsonl"))
     for line in lines(corpus / "eval_test.jsonl") + lines(corpus / "eval_seen.jsonl"):
         assert told.count(line["name"]) >= 8
-        assert told.count(line["answer"]) >= 6
+        assert told.count(line["answer"]) >= 5
+        assert told.count(line["answer"].removeprefix(f"{line['name']}: ")) >= 7
 
 
 def said(conversation: dict[str, Any]) -> str:
