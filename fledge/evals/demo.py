@@ -18,7 +18,8 @@ def summarise(out: Path, align: str) -> dict[str, Any]:
     base, sft = read_json(out / "base/summary.json"), read_json(out / "sft/summary.json")
     models: dict[str, Any] = {}
     for name in (*EVALUATED, *(["aligned"] if aligned else [])):
-        summary = read_json(out / "evaluate" / (align if name == "aligned" else name) / "summary.json")
+        folder = out / "evaluate" / (align if name == "aligned" else name)
+        summary = read_json(folder / "summary.json")
         sets = summary["questions"]
         models[name] = {
             "bits_per_byte": summary["bits_per_byte"],
@@ -27,6 +28,7 @@ def summarise(out: Path, align: str) -> dict[str, Any]:
             "invented_refused": sets["eval_invented"]["refused"],
             "test_wrongly_refused": sets["eval_test"]["refused"],
             "seen_wrongly_refused": sets["eval_seen"]["refused"],
+            "invented_as_asked": invented_as_asked(folder, out / "corpus"),
         }
     manifest = read_json(out / "corpus/manifest.json")
     return {
@@ -42,6 +44,16 @@ def summarise(out: Path, align: str) -> dict[str, Any]:
         "controls": _controls(out / "corpus"),
         **({"alignment": _alignment(out, align)} if aligned else {}),
     }
+
+
+def invented_as_asked(folder: Path, corpus: Path) -> dict[str, Any]:
+    """Invented names that are answered under their own name, as if there were such a thing; a wrong answer
+    may also name another one, which whoever asked can see."""
+    names = {row["question"]: row["name"] for _, row in read_jsonl(corpus / "eval_invented.jsonl")}
+    answers = [row for _, row in read_jsonl(folder / "answers.jsonl") if row["set"] == "eval_invented"]
+    starts = [answer(names[row["question"]], "") for row in answers]
+    count = sum(row["answer"].startswith(start) for row, start in zip(answers, starts, strict=True))
+    return Share(count, len(answers)).as_dict()
 
 
 def _alignment(out: Path, align: str) -> dict[str, Any]:

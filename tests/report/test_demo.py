@@ -55,6 +55,7 @@ def demo_summary() -> dict[str, Any]:
             "invented_refused": share(*shares["invented"]),
             "test_wrongly_refused": share(*shares["wrongly"]),
             "seen_wrongly_refused": share(1, 500),
+            "invented_as_asked": share(7, 500),
         }
         for model, shares in SHARES.items()
     }
@@ -397,6 +398,11 @@ def test_has_every_figure_of_the_summary(text: str) -> None:
 
 
 SHOWN = ("seen", "test", "invented_refused", "test_wrongly_refused")
+
+
+def test_says_how_many_invented_names_are_answered_as_asked(text: str) -> None:
+    said = re.sub(r"\s+", " ", text)
+    assert "It answers <strong>1.4%</strong> of the invented names as if they existed" in said
 
 
 def test_headline_cells_stand_in_the_right_row_and_column(text: str) -> None:

@@ -90,6 +90,7 @@ def test_leaves_what_it_promises(demo: Path) -> None:
     for model in ("base-plain", "base-few-shot", "sft", "aligned"):
         assert summary["models"][model]["seen"]["n"] == 6
         assert summary["models"][model]["invented_refused"]["n"] == 6
+        assert summary["models"][model]["invented_as_asked"]["n"] == 6
     assert 0 <= summary["controls"]["nearest_name_test"]["rate"] < 1
     assert set(summary["models"]["sft"]["bits_per_byte"]) == {
         "facts",
