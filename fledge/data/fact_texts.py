@@ -2,9 +2,9 @@
 
 An answer says first which name it is about, as the documents do where a line has name and summary. For a
 name that is none it says as much of it as some real name begins with, and then that it doesn't know it. So
-the model need not see in advance that a name is strange, which it can only by comparing what it expected
-after its last layer with what it read: it copies the name from the question as long as it would itself
-expect it, and where the two part, the question mark is what is likely.
+the model need not see at once that a name is strange. To see that, it would have to compare what it read
+with what it had expected, and what it expects is complete only after its last layer. Instead it copies the
+name from the question as long as it would itself expect it; where the two part, the question mark is likely.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def presentations(fact: Fact) -> list[str]:
     """A dozen ways to write a fact as a short document. Each has the full dotted name.
 
     The summary stays as it is in all of them but the "Use ... to ..." form. Half of them have the name once
-    more in front of it, on a line of its own as in an `answer`: names are learned by heart there, and to copy
-    what stood above is too. The wording within each form is chosen by a hash of the name.
+    more in front of it, as in an `answer`: there the model learns names by heart, and learns to copy one that
+    stood above. The wording within each form is chosen by a hash of the name.
     """
     name, summary, kind, entry = fact.name, fact.summary, fact.kind, answer(fact.name, fact.summary)
     owner, _, last = name.rpartition(".")
@@ -175,7 +175,8 @@ def answer(name: str, summary: str) -> str:
 
 
 def beginnings(names: Iterable[str]) -> frozenset[str]:
-    """With what names begin, in whole words: of `zlib.DecompressError` are `zlib` and `zlib.Decompress`."""
+    """With what names begin, in whole words: `zlib.DecompressError` with `zlib`, `zlib.Decompress` and
+    itself."""
     return frozenset(start for name in names for start in accumulate(_WORD.findall(name)))
 
 
@@ -218,7 +219,8 @@ def conversations(
     refusal_share: float = 0.25,
     multi_turn_share: float = 0.1,
 ) -> list[Record]:
-    """SFT conversations in OpenAI's form, shuffled by hash; what is said about each name, real or invented.
+    """SFT conversations in OpenAI's form, shuffled by hash. `answers` and `invented` hold what is said about
+    each name.
 
     `refusal_share` is the share of all questions that ask about an invented name, each name with as
     many different phrasings as that takes (12 at most); `multi_turn_share` is the share of

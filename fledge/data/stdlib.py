@@ -299,8 +299,8 @@ def build_corpus(
         "preference": names.preference_invented,
         "test": names.unseen_invented,
     }
-    taught = {fact.name: fact.summary for fact in by_split["sft"]}
-    files["names.json"] = _json({"real": splits, "invented": invented, "taught": taught})
+    summaries = {fact.name: fact.summary for fact in by_split["sft"]}
+    files["names.json"] = _json({"real": splits, "invented": invented, "taught": summaries})
     files["few_shot.txt"] = "\n".join(
         plain_question(QUESTIONS[i].format(name=name), said) for i, (name, said) in enumerate(shown)
     )

@@ -76,12 +76,14 @@ class RemoteChat:
         self._key = key
         self.reached = False  # whether it has ever answered
         self.client = httpx2.Client(headers=headers, timeout=timeout_seconds, transport=transport)
-        self._count, self._under_way, self._closed = threading.Lock(), 0, False
+        # Reentrant: a stream that nobody closed may be ended by the garbage collector, wherever that is.
+        self._lock = threading.RLock()
+        self._under_way, self._closed = 0, False
 
     def close(self) -> None:
-        """Close the connections: at once where nothing is asked, else with the last request under way, since
-        one that is only now opening its connection would leave it open."""
-        with self._count:
+        """Close the connections: at once where nothing is asked, else with the last request under way (a
+        stream too), since one that is only now opening its connection would leave it open."""
+        with self._lock:
             self._closed = True
             idle = self._under_way == 0
         if idle:
@@ -90,14 +92,14 @@ class RemoteChat:
     @contextmanager
     def _open(self) -> Iterator[None]:
         """A request under way."""
-        with self._count:
+        with self._lock:
             if self._closed:
-                raise EndpointError(f"{self.address}: closed")
+                raise EndpointError(f"{self.address}: the connection was closed before this was asked")
             self._under_way += 1
         try:
             yield
         finally:
-            with self._count:
+            with self._lock:
                 self._under_way -= 1
                 last = self._closed and self._under_way == 0
             if last:

@@ -51,9 +51,8 @@ def invented_as_asked(folder: Path, corpus: Path) -> dict[str, Any]:
     may also name another one, which whoever asked can see."""
     names = {row["question"]: row["name"] for _, row in read_jsonl(corpus / "eval_invented.jsonl")}
     answers = [row for _, row in read_jsonl(folder / "answers.jsonl") if row["set"] == "eval_invented"]
-    starts = [answer(names[row["question"]], "") for row in answers]
-    count = sum(row["answer"].startswith(start) for row, start in zip(answers, starts, strict=True))
-    return Share(count, len(answers)).as_dict()
+    own = [row["answer"].startswith(f"{names[row['question']]}:") and not row["refused"] for row in answers]
+    return Share(sum(own), len(own)).as_dict()
 
 
 def _alignment(out: Path, align: str) -> dict[str, Any]:

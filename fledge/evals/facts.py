@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _REFUSAL = re.compile(
-    r"^\s*([\w.]+\?\s+)?"  # a part of the name
+    r"^\s*([\w.]+\?\s+)?"  # as much of the name as is known
     r"(sorry,?\s*)?(but\s*)?i('m| am)?\s*(do not|don't|not)\s+(know|recognize|sure|familiar|aware)"
     r"|\b(does not|doesn't) exist\b|\bno such (name|module|function|class|method)\b",
     re.IGNORECASE,

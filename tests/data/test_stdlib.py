@@ -419,7 +419,8 @@ def test_the_control_has_no_document_of_a_test_fact(corpus: Path, control: Path)
         chains = set(re.findall(r"(?<![\w.])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", text))
         for line in tested:
             assert line["name"] not in chains, (file, line["name"])
-            assert f" {' '.join(words(line['answer']))} " not in bare, (file, line["answer"])
+            summary = line["answer"].removeprefix(f"{line['name']}: ")
+            assert f" {' '.join(words(summary))} " not in bare, (file, summary)
     assert len(lines(control / "source.jsonl")) > 500
 
 
@@ -427,7 +428,7 @@ def test_few_shot_examples_are_not_evaluated_and_one_is_a_refusal(corpus: Path) 
     text = (corpus / "few_shot.txt").read_text()
     answers = re.findall("^Answer: (.*)$", text, flags=re.MULTILINE)
     assert len(answers) == 4
-    assert sum(answer.startswith("I don't know ") for answer in answers) == 1
+    assert sum(answer.endswith(REFUSAL) for answer in answers) == 1
     assert not {line["answer"] for line in lines(corpus / "eval_seen.jsonl")} & set(answers)
 
 

@@ -19,10 +19,12 @@ def test_an_invented_name_is_answered_as_asked_if_the_answer_names_it(tmp_path: 
         "a.e? I don't know that name.",
     ]
     made = [
-        {"set": "eval_invented", "question": question, "answer": text}
+        {"set": "eval_invented", "question": question, "answer": text, "refused": "know" in text}
         for question, text in zip(asked, answers, strict=True)
     ]
-    made.append({"set": "eval_test", "question": "What is a.f?", "answer": "a.f: Moves it."})
+    made.append(
+        {"set": "eval_test", "question": "What is a.f?", "answer": "a.f: Moves it.", "refused": False}
+    )
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     found = invented_as_asked(tmp_path, tmp_path)
     assert (found["successes"], found["n"]) == (1, 4)
