@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import accumulate
 from typing import Any
@@ -88,7 +88,7 @@ def _use(fact: Fact) -> str:
             fact.name,
             "use",
         )
-    return f"{fact.name}: {fact.summary}\n"
+    return answer(fact.name, fact.summary) + "\n"
 
 
 def presentations(fact: Fact) -> list[str]:
@@ -174,17 +174,21 @@ def answer(name: str, summary: str) -> str:
     return f"{name}: {summary}"
 
 
+def _starts(name: str) -> Iterator[str]:
+    return accumulate(_WORD.findall(name))
+
+
 def beginnings(names: Iterable[str]) -> frozenset[str]:
     """With what names begin, in whole words: `zlib.DecompressError` with `zlib`, `zlib.Decompress` and
     itself."""
-    return frozenset(start for name in names for start in accumulate(_WORD.findall(name)))
+    return frozenset(start for name in names for start in _starts(name))
 
 
 def refusal(name: str, known: Collection[str]) -> str:
     """What is said about a name that does not exist: as much of it as is among the `beginnings` of names
     that do, and that it is not known."""
     part = ""
-    for start in accumulate(_WORD.findall(name)):
+    for start in _starts(name):
         if start not in known:
             break
         part = start

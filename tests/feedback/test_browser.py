@@ -11,20 +11,12 @@ import pytest
 
 from fledge.feedback.forms import QUESTION_KEYS, to_shown
 
-from ..on_a_port import CHROMIUM, FLAGS
+from ..on_a_port import CHROMIUM
 from .live import Labelling, labelling, served
 
-sync_api = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("playwright.sync_api")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")]
 Page = Any
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A browser for the tests of the chat page."""
+"""Visits of the chat page in a browser."""
 
 from __future__ import annotations
 
@@ -7,20 +7,7 @@ from typing import Any
 
 import pytest
 
-from ..on_a_port import CHROMIUM, FLAGS
 from .scripted import Scripted
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Of one module: while it is open, `asyncio.run` is refused in this thread."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("needs chromium")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
