@@ -154,8 +154,9 @@ def our_fit(turns: Turns, model: Any, steps: Any, loss: Any, stage: Any, forward
     """The training loop, with the stage's defaults, for ever."""
     from fledge.device import pick_compute_dtype
     from fledge.run import Run
-    from fledge.train.loop import FitConfig, fit
+    from fledge.train.loop import fit
     from fledge.train.optim import make_optimizers
+    from fledge.train.plan import FitConfig
 
     def in_turn(first: int, state: dict[str, Any], metrics: Any) -> Any:
         inner, answer = steps(first, state, metrics), None

@@ -30,9 +30,11 @@ def train(options: argparse.Namespace, seed: int) -> dict[str, float]:
     from fledge.model.config import ModelConfig
     from fledge.model.transformer import CausalLM
     from fledge.run import Run
-    from fledge.train.loop import FitConfig, fit, row_steps
+    from fledge.train.loop import fit
     from fledge.train.losses import forward_of, next_token_loss
     from fledge.train.optim import make_optimizers
+    from fledge.train.plan import FitConfig
+    from fledge.train.steps import row_steps
     from fledge.types import Batch
 
     text = torch.frombuffer(bytearray(Path(options.text).read_bytes()), dtype=torch.uint8).long()

@@ -25,11 +25,13 @@ from fledge.model.config import ModelConfig
 from fledge.model.transformer import CausalLM
 from fledge.run import Run
 from fledge.stages import pretrain
-from fledge.train.loop import FitConfig, fit, row_steps
+from fledge.train.loop import fit
 from fledge.train.losses import next_token_loss
 from fledge.train.memory import Setup, estimate, resident_bytes
 from fledge.train.optim import make_optimizers
 from fledge.train.parallel import joined
+from fledge.train.plan import FitConfig
+from fledge.train.steps import row_steps
 from fledge.types import Batch
 
 assert pretrain  # what a training process has imported counts

@@ -158,9 +158,11 @@ def train_fledge(variant: Variant, size: Size, turn: Callable[[], None]) -> None
     from fledge.model.config import ModelConfig
     from fledge.model.transformer import CausalLM
     from fledge.run import Run
-    from fledge.train.loop import FitConfig, Metrics, Step, fit
+    from fledge.train.loop import fit
     from fledge.train.losses import next_token_loss
     from fledge.train.optim import make_optimizers
+    from fledge.train.plan import FitConfig
+    from fledge.train.steps import Metrics, Step
     from fledge.types import Batch
 
     head = size.width // size.heads

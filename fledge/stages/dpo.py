@@ -35,9 +35,10 @@ from fledge.train.dpo import (
     scoring_of,
 )
 from fledge.train.dpo_losses import WITHOUT_REFERENCE, LossName
-from fledge.train.loop import FitConfig, fit, last_evaluation
+from fledge.train.loop import fit, last_evaluation
 from fledge.train.optim import make_optimizers
 from fledge.train.parallel import Ranks, joined
+from fledge.train.plan import FitConfig
 from fledge.train.progress import say
 from fledge.train.saving import save_assistant
 from fledge.train.start import load_start, require_chat

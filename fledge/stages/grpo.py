@@ -24,14 +24,16 @@ from fledge.train.actor_critic import load_policy
 from fledge.train.groups import Settings, World
 from fledge.train.grpo import grpo_loss, grpo_steps, held_out_figures, memory_line
 from fledge.train.grpo_losses import Advantage, Mean
-from fledge.train.loop import FitConfig, Metrics, fit, last_evaluation
+from fledge.train.loop import fit, last_evaluation
 from fledge.train.optim import make_optimizers
 from fledge.train.parallel import Ranks, joined
+from fledge.train.plan import FitConfig
 from fledge.train.ppo import sample_lines
 from fledge.train.progress import say
 from fledge.train.prompts import Prompts, end_ids, read_split
 from fledge.train.saving import save_policy
 from fledge.train.self_play import game_prompts, play_figures, self_play_reward
+from fledge.train.steps import Metrics
 
 # Squares are averaged over a hundred steps: those of a policy's gradient are few and uneven. Gradients of
 # tokens that are hardly ever sampled are below eps, so that they are not blown up to full steps.

@@ -30,14 +30,16 @@ from fledge.train.actor_critic import (
     save_critic,
 )
 from fledge.train.experience import Settings, World
-from fledge.train.loop import FitConfig, Metrics, fit, last_evaluation
+from fledge.train.loop import fit, last_evaluation
 from fledge.train.optim import make_optimizers
 from fledge.train.parallel import Ranks, joined
+from fledge.train.plan import FitConfig
 from fledge.train.ppo import held_out_figures, memory_line, ppo_loss, ppo_steps, sample_lines
 from fledge.train.pretraining_mix import read_mix
 from fledge.train.progress import say
 from fledge.train.prompts import Prompts, end_ids, read_split
 from fledge.train.saving import save_policy
+from fledge.train.steps import Metrics
 from fledge.types import RewardFunction
 
 

@@ -26,14 +26,16 @@ from fledge.model.transformer import CausalLM
 from fledge.run import Run, lineage
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.train.counting import count_sources
-from fledge.train.loop import FitConfig, Metrics, fit, row_steps
+from fledge.train.loop import fit
 from fledge.train.losses import next_token_loss
 from fledge.train.memory import Setup, check_memory_here
 from fledge.train.optim import OptimizerName, make_optimizers
 from fledge.train.parallel import Ranks, joined
+from fledge.train.plan import FitConfig
 from fledge.train.progress import say
 from fledge.train.reading import begin_run, read_sources
 from fledge.train.recipe import Recipe, adapted, model_config, parse_count, recipe_for
+from fledge.train.steps import Metrics, row_steps
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,12 +39,14 @@ from fledge.rewards.reward_model import save_reward_model, score_rows
 from fledge.run import Run, lineage
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.train.comparisons import Plan, held_out_figures, memory_line, reward_steps, steps_of
-from fledge.train.loop import FitConfig, Metrics, fit
+from fledge.train.loop import fit
 from fledge.train.optim import make_optimizers
 from fledge.train.parallel import Ranks, joined
+from fledge.train.plan import FitConfig
 from fledge.train.preference_losses import preference_loss
 from fledge.train.progress import say
 from fledge.train.start import load_start
+from fledge.train.steps import Metrics
 
 # Prompts to learn from, and held-out ones.
 Split = tuple[list[Comparison], list[Comparison]]

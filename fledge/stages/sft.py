@@ -26,14 +26,16 @@ from fledge.rewards.best_of import sample_best
 from fledge.run import Run, lineage
 from fledge.tokenizer.adapt import ChatTokenizer, fit_for_chats
 from fledge.tokenizer.bpe import Tokenizer
-from fledge.train.loop import FitConfig, Metrics, fit, row_steps
+from fledge.train.loop import fit
 from fledge.train.losses import mean_loss, next_token_loss
 from fledge.train.memory import Setup, check_memory_here, trained_share
 from fledge.train.optim import OptimizerName, make_optimizers
 from fledge.train.parallel import Ranks, joined
+from fledge.train.plan import FitConfig
 from fledge.train.progress import say
 from fledge.train.saving import save_assistant
 from fledge.train.start import load_start
+from fledge.train.steps import Metrics, row_steps
 from fledge.types import SamplingParams
 
 

@@ -14,10 +14,10 @@ from fledge.data.comparisons import Comparison, batch_of, in_batches
 from fledge.device import autocast
 from fledge.model.heads import RewardModel
 from fledge.model.transformer import CausalLM
-from fledge.train.loop import Metrics, MicroBatch, Step, Steps, own_batches
 from fledge.train.memory import Setup, check_memory_here, trained_share
 from fledge.train.parallel import ALONE, Ranks
 from fledge.train.preference_losses import preference_loss
+from fledge.train.steps import Metrics, MicroBatch, Step, Steps, own_batches
 
 
 def steps_of(prompts: int, batch_prompts: int, epochs: float) -> int:

@@ -26,8 +26,8 @@ from fledge.train.dpo_losses import (
     row_logps,
     shared_kl,
 )
-from fledge.train.loop import Metrics, MicroBatch, Steps
 from fledge.train.losses import Forward, Term, forward_of
+from fledge.train.steps import Metrics, MicroBatch, Steps
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from fledge.config import Dataclass, check_at_least
 from fledge.errors import UserError
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.train.actor_critic import ActorCritic, Read, Reference
-from fledge.train.loop import Metrics
 from fledge.train.parallel import ALONE, Ranks
 from fledge.train.ppo_losses import (
     explained_variance,
@@ -36,6 +35,7 @@ from fledge.train.rollout import (
     read_in_parts,
     seed_of,
 )
+from fledge.train.steps import Metrics
 from fledge.types import RewardFunction, Rollout, SamplingParams
 
 

@@ -19,7 +19,6 @@ from fledge.rewards.verifiers import Reward
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.train.experience import check_above_0, check_finite, final_scores
 from fledge.train.grpo_losses import Advantage, Mean, group_advantages, have_signal, mean_of
-from fledge.train.loop import Metrics
 from fledge.train.parallel import ALONE, Ranks
 from fledge.train.prompts import EncodedPrompt, prompts_at
 from fledge.train.rollout import (
@@ -32,6 +31,7 @@ from fledge.train.rollout import (
     reference_scores,
     seed_of,
 )
+from fledge.train.steps import Metrics
 from fledge.types import Rollout, SamplingParams
 
 

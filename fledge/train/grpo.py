@@ -13,7 +13,6 @@ import torch
 from fledge.model.transformer import CausalLM
 from fledge.train.groups import GroupBatch, Groups, Settings, State, World, sampled_groups, score_figures
 from fledge.train.grpo_losses import kl_term, policy_term
-from fledge.train.loop import Metrics, Step, Steps, own_batches
 from fledge.train.losses import Term
 from fledge.train.memory import check_memory_here
 from fledge.train.ppo import step_setup
@@ -29,6 +28,7 @@ from fledge.train.rollout import (
     policy_scores,
     same_rows,
 )
+from fledge.train.steps import Metrics, Step, Steps, own_batches
 from fledge.types import Rollout
 
 

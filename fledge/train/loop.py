@@ -2,227 +2,42 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import signal
-import statistics
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from fledge.config import Dataclass
 from fledge.device import autocast, keep_freed_memory, use_fast_products
 from fledge.errors import UserError
-from fledge.files import read_json, write_json
 from fledge.model.checkpoint import read_weights
 from fledge.model.transformer import CausalLM
 from fledge.run import Run
+from fledge.train.checkpoints import Progress, resume, save_checkpoint
+from fledge.train.divergence import stop_if_diverged
 from fledge.train.losses import Term, forward_of
-from fledge.train.optim import get_lr, load_optimizer_tensors, optimizer_tensors, set_lr
+from fledge.train.optim import get_lr, set_lr
 from fledge.train.parallel import ALONE, Ranks
+from fledge.train.plan import FitConfig, RunPlan
 from fledge.train.progress import TrainingProgress, say
-from fledge.train.schedule import warmup_stable_decay
-from fledge.types import Batch
+from fledge.train.steps import Idle, Metrics, MicroBatch, Step, Steps, on_device
 
 if TYPE_CHECKING:  # only several ranks import torch.distributed
     from fledge.train.shards import Shards
 
-Metrics = dict[str, float]
-
-
-class MicroBatch(Protocol):
-    """What the loop asks of a batch; `Batch` describes it. No tokens: nothing to learn from."""
-
-    def to(self, device: torch.device) -> Any:
-        """The same batch on a device."""
-        ...
-
-    def num_tokens(self) -> int:
-        """How many tokens are read."""
-        ...
-
-    def denominators(self) -> dict[str, int]:
-        """What losses are averaged over, `tokens` among it."""
-        ...
-
-
-@dataclass(frozen=True)
-class Idle:
-    """A micro-batch of another rank, gone through so that all take part in every pass; it does not count."""
-
-    batch: MicroBatch
-
-    def to(self, device: torch.device) -> Any:
-        """The batch itself on a device."""
-        return self.batch.to(device)
-
-    def num_tokens(self) -> int:
-        """None that count."""
-        return 0
-
-    def denominators(self) -> dict[str, int]:
-        """None, by their names."""
-        return dict.fromkeys(self.batch.denominators(), 0)
-
-
-def own_batches(ranks: Ranks, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-    """This rank's of all micro-batches of a step. Those of one kind: each rank has as many, and in each round
-    all compute the same way."""
-    return [batches[i] if counts else Idle(batches[i]) for i, counts in ranks.turns(len(batches))]
-
-
-@dataclass
-class Step:
-    """One optimizer step: all of its micro-batches (of this rank: see `own_batches`), whether a save may
-    follow it, and what the generator wants handed back when it is resumed behind that save. `figures` are
-    logged where nothing is learned."""
-
-    batches: Sequence[MicroBatch]
-    may_save: bool = True
-    state: dict[str, Any] = field(default_factory=dict)
-    figures: Metrics = field(default_factory=dict)
-
-
-# (first step, saved state, metrics of the step before, if there was one) -> a generator of steps, which is
-# sent the metrics of each of its own.
-Steps = Callable[[int, dict[str, Any], Metrics | None], Generator[Step, Metrics | None, None]]
 
 # (the forward pass that `fit` was given, a batch of the kind that the steps have) -> named sums.
 Loss = Callable[[Any, Any], dict[str, Term]]
-
-# Of a checkpoint that several ranks wrote: their shares of the optimizers' state.
-SPREAD_OPTIMIZER = "optimizer"
-
-
-def row_steps(
-    rows: Callable[[int, int], Batch], batch_rows: int, micro_rows: int, ranks: Ranks = ALONE
-) -> Steps:
-    """Steps of `batch_rows` rows from the endless sequence that `rows(first, count)` reads, `micro_rows` at
-    once; a rank reads its own of them."""
-    spans = _row_spans(batch_rows, micro_rows, ranks.count)
-
-    def steps(
-        first: int, _state: dict[str, Any], _metrics: Metrics | None
-    ) -> Generator[Step, Metrics | None, None]:
-        for step in itertools.count(first):
-            start = step * batch_rows
-            batches: list[MicroBatch] = []
-            for i, counts in ranks.turns(len(spans)):
-                batch = rows(start + spans[i].start, len(spans[i]))
-                batches.append(batch if counts else Idle(batch))
-            yield Step(batches)
-
-    return steps
-
-
-def _row_spans(rows: int, most: int, ranks: int) -> list[range]:
-    """So many rows in parts of at most `most`; for several ranks in as equal parts as can be, so many that
-    each rank has as many of them, while there are rows."""
-    if ranks == 1:
-        return [range(first, min(first + most, rows)) for first in range(0, rows, most)]
-    count = min(rows, ranks * -(-rows // (ranks * most)))
-    return [range(rows * i // count, rows * (i + 1) // count) for i in range(count)]
-
-
-@dataclass(frozen=True)
-class FitConfig:
-    """What the loop itself needs to know."""
-
-    label: str
-    total_steps: int | None
-    """None: from `minutes`, measured once and then frozen."""
-    minutes: float | None = None
-    most_steps: int | None = None
-    """A limit of the data to what `minutes` would allow."""
-    warmup_steps: int = 20
-    decay_share: float = 0.4
-    max_grad_norm: float = 1.0
-    max_spike: float = 3.0
-    """Nats above the running mean at which a loss counts as a spike."""
-    evaluations: int = 8
-    """How many times to save and evaluate, evenly spread; the last is at the end."""
-    keep_checkpoints: int = 2
-    compute_dtype: torch.dtype = torch.float32
-    compile: bool = False
-    validation_unit: str = "bits per byte"
-
-    @classmethod
-    def of(cls, settings: Dataclass, **own: Any) -> FitConfig:
-        """From a stage's settings: those that every stage has, by their names, and what is its `own`."""
-        common = ("warmup_steps", "decay_share", "max_spike", "evaluations", "keep_checkpoints")
-        return cls(**{name: getattr(settings, name) for name in common}, **own)
-
-    def __post_init__(self) -> None:
-        """Raises UserError on settings that make no sense, by the names of their flags."""
-        for name, value, good, rule in (
-            ("minutes", self.minutes, self.minutes is None or self.minutes > 0, "above 0"),
-            ("warmup-steps", self.warmup_steps, self.warmup_steps >= 0, "at least 0"),
-            ("decay-share", self.decay_share, 0 <= self.decay_share <= 1, "from 0 to 1"),
-            ("max-spike", self.max_spike, self.max_spike > 0, "above 0"),
-            ("evaluations", self.evaluations, self.evaluations >= 1, "at least 1"),
-            ("keep-checkpoints", self.keep_checkpoints, self.keep_checkpoints >= 1, "at least 1"),
-        ):
-            if not good:
-                raise UserError(f"--{name} {value}: must be {rule}")
-
-    @property
-    def execution(self) -> str:
-        """How it is computed, in words."""
-        return f"{str(self.compute_dtype).removeprefix('torch.')}, {'compiled' if self.compile else 'eager'}"
-
-
-class Diverged(UserError):
-    """The loss or a gradient became NaN or jumped."""
-
-
-@dataclass
-class _Progress:
-    """What a checkpoint holds besides tensors."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    skipped: int = 0
-    mean_loss: float | None = None
-    best: float | None = None
-    best_step: int | None = None
-    save_due: bool = True
-    """A save and its evaluation are to come: now, or where the generator next allows it."""
-    settled_step: int | None = None
-    """The last step that was saved and evaluated."""
-    metrics: Metrics | None = None
-    """Of the last step; what the generator gets next."""
-    data: dict[str, Any] = field(default_factory=dict)
-
-    def note_validation(self, step: int, validation: float) -> None:
-        if step and math.isfinite(validation) and (self.best is None or validation < self.best):
-            self.best, self.best_step = validation, step
-
-    def row(self) -> Metrics:
-        return {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
-
-    def summary(self) -> dict[str, Any]:
-        return {
-            "steps": self.step,
-            "tokens": self.tokens,
-            "seconds": round(self.seconds, 1),
-            "tokens_per_second": round(self.tokens / max(self.seconds, 1e-9), 1),
-            "skipped_steps": self.skipped,
-            "loss": self.mean_loss,
-            "best_step": self.best_step,
-        }
 
 
 def fit(
@@ -268,13 +83,14 @@ def fit(
     elif shards is not None:
         assert forward is model, "several ranks compute with the model that is trained"
         forward = trained
-    progress = _resume(model, optimizers, run, read_model, console, ranks, shards)
-    plan = _Plan(config, run)
+    progress = resume(model, optimizers, run, read_model, console, ranks, shards)
+    plan = RunPlan(config, run)
     forward = torch.compile(forward, dynamic=False) if config.compile else forward
     cast = autocast(device, config.compute_dtype, cache=shards is None)
     generator = steps(progress.step, progress.data, progress.metrics)
     metrics: Metrics | None = None  # a generator that has not begun takes none
-    keep, unsaved = partial(_save, model, optimizers, run, progress, write_model, ranks, shards), False
+    keep = partial(save_checkpoint, model, optimizers, run, progress, write_model, ranks, shards)
+    unsaved = False
     with TrainingProgress(config.label, console) as bar, _Interrupt() as interrupt:
 
         def save() -> None:
@@ -302,12 +118,12 @@ def fit(
                 else:
                     norm = shards.clip(config.max_grad_norm)
                 metrics = _metrics(sums, norm, ranks)
-                _stop_if_diverged(metrics, progress, config, run)
+                stop_if_diverged(metrics, progress.step + 1, progress.mean_loss, config, run)
                 _update(optimizers) if shards is None else shards.update()
             else:  # nothing to learn from: never NaN, never silent
                 metrics = {"skipped": 1.0, **step.figures}
             elapsed = time.perf_counter() - started
-            _advance(progress, metrics, tokens, elapsed, step)
+            progress.advance(metrics, tokens, elapsed, step)
             rate = plan.observe(progress.step, elapsed, tokens, ranks)
             pace = {"lr": get_lr(optimizers), "tokens_per_second": rate}
             run.log("metrics", {**progress.row(), **metrics, **pace})
@@ -425,80 +241,16 @@ def _numbers(tensors: Sequence[Tensor]) -> list[float]:
     return [next(read) if tensor.is_cuda else float(tensor) for tensor in tensors]
 
 
-def on_device(batch: Any, device: torch.device) -> Any:
-    """A batch on a device. To a GPU its tensors go through pinned memory, so that nothing waits for the copy:
-    the host makes the next micro-batch while this one is computed."""
-    if device.type != "cuda":
-        return batch.to(device)
-    if isinstance(batch, Idle):
-        batch = batch.batch
-    return _pinned_to(batch, device)
-
-
-def _pinned_to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value if value.is_cuda else value.pin_memory().to(device, non_blocking=True)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{name: _pinned_to(one, device) for name, one in vars(value).items()})
-    return value
-
-
 def _update(optimizers: list[Optimizer]) -> None:
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
 
 
-def _stop_if_diverged(metrics: Metrics, progress: _Progress, config: FitConfig, run: Run) -> None:
-    """Called before the weights are touched, so nothing of it reaches a checkpoint."""
-    step, loss = progress.step + 1, metrics["loss"]
-    if not all(math.isfinite(value) for value in metrics.values()):
-        bad = next(name for name, value in metrics.items() if not math.isfinite(value))
-        raise Diverged(
-            f"step {step}: {bad} is {metrics[bad]}; {_last_good(run, step)}; try a lower learning rate"
-        )
-    mean = progress.mean_loss
-    if mean is not None and step > config.warmup_steps and loss > mean + config.max_spike:
-        raise Diverged(
-            f"step {step}: the loss jumped to {loss:.3f} from a running mean of {mean:.3f}; "
-            f"{_last_good(run, step)}; try a lower learning rate, or allow it with --max-spike"
-        )
-
-
-def _stop_if_damaged(model: nn.Module, progress: _Progress, run: Run, shards: Shards | None) -> None:
-    """Called before a save: an update may itself overflow, behind a loss that was fine."""
-    if shards is None:
-        is_fine = all(bool(parameter.isfinite().all()) for parameter in model.parameters())
-    else:
-        is_fine = shards.finite()
-    if not is_fine:
-        raise Diverged(
-            f"step {progress.step}: the update made weights that are no numbers; "
-            f"{_last_good(run, progress.step + 1)}; try a lower learning rate"
-        )
-
-
-def _last_good(run: Run, step: int) -> str:
-    """The last checkpoint whose weights gave a good loss before `step`, which used those of `step` - 1."""
-    saved = [checkpoint for checkpoint in run.checkpoints() if checkpoint.step < step - 1]
-    return f"the last good checkpoint is {saved[-1].path}" if saved else "no good checkpoint was saved yet"
-
-
-def _advance(progress: _Progress, metrics: Metrics, tokens: int, elapsed: float, step: Step) -> None:
-    progress.step += 1
-    progress.tokens += tokens
-    progress.seconds += elapsed
-    progress.skipped += "skipped" in metrics
-    progress.metrics, progress.data = metrics, step.state
-    if "loss" in metrics:
-        mean = progress.mean_loss
-        progress.mean_loss = metrics["loss"] if mean is None else 0.9 * mean + 0.1 * metrics["loss"]
-
-
 def _settle(
     evaluate: Callable[[int], Metrics] | None,
-    plan: _Plan,
-    progress: _Progress,
+    plan: RunPlan,
+    progress: Progress,
     run: Run,
     bar: TrainingProgress,
     ranks: Ranks,
@@ -514,158 +266,6 @@ def _settle(
     if progress.save_due:
         progress.save_due, progress.settled_step = False, progress.step
     run.prune(plan.config.keep_checkpoints, progress.best_step)
-
-
-def _save(
-    model: nn.Module,
-    optimizers: list[Optimizer],
-    run: Run,
-    progress: _Progress,
-    write_model: Callable[[Path, int], None],
-    ranks: Ranks,
-    shards: Shards | None,
-) -> None:
-    _stop_if_damaged(model, progress, run, shards)
-
-    def write(directory: Path) -> None:
-        write_model(directory, progress.tokens)
-        if shards is None:
-            save_file(optimizer_tensors(optimizers), directory / "optimizer.safetensors")
-        else:
-            shards.save_optimizers(Path(ranks.share(str(directory / SPREAD_OPTIMIZER))))
-
-    with nullcontext() if shards is None else shards.whole():
-        if ranks.leads:
-            run.save_checkpoint(progress.step, write, vars(progress))
-        else:
-            assert shards is not None
-            shards.save_optimizers(Path(ranks.share()))
-        ranks.barrier()
-
-
-def _resume(
-    model: nn.Module,
-    optimizers: list[Optimizer],
-    run: Run,
-    read_model: Callable[[Path], dict[str, Tensor]],
-    console: Console,
-    ranks: Ranks,
-    shards: Shards | None,
-) -> _Progress:
-    """Go back to the last checkpoint, whatever number of ranks made it; what was logged behind it will be
-    logged again."""
-    saved = run.checkpoints()
-    path = ranks.share(str(saved[-1].path) if saved else None)
-    if path is None:
-        run.rewind(-1, -1)
-        return _Progress()
-    last = Path(path)
-    _read_checkpoint(model, optimizers, last, read_model(last), shards)
-    progress = _Progress(**ranks.share(_progress_of(run) if ranks.leads else None))
-    say(console, f"going on from step {progress.step:,} ({last})")
-    return progress
-
-
-def _read_checkpoint(
-    model: nn.Module,
-    optimizers: list[Optimizer],
-    path: Path,
-    weights: dict[str, Tensor],
-    shards: Shards | None,
-) -> None:
-    spread, file = path / SPREAD_OPTIMIZER, path / "optimizer.safetensors"
-    if shards is not None:
-        shards.load_weights([name for name, _ in model.named_parameters()], weights)
-        shards.load_optimizers(spread) if spread.is_dir() else shards.take_optimizers(load_file(file))
-        return
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(weights[name])
-    if spread.is_dir():
-        from fledge.train.shards import whole_optimizers
-
-        load_optimizer_tensors(optimizers, whole_optimizers(spread))
-    else:
-        load_optimizer_tensors(optimizers, load_file(file))
-
-
-def _progress_of(run: Run) -> dict[str, Any]:
-    """What the last checkpoint and the evaluations of it say; the log ends there."""
-    progress = _Progress(**run.checkpoints()[-1].state)
-    run.rewind(progress.step, progress.step)
-    evaluations = [row for row in run.rows("metrics") if "lr" not in row]
-    for row in evaluations:  # the checkpoint was saved before its own evaluation
-        progress.note_validation(row["step"], row.get("validation", math.nan))
-    if any(row["step"] == progress.step for row in evaluations):
-        progress.save_due, progress.settled_step = False, progress.step
-    else:
-        run.rewind(progress.step, progress.step - 1)
-    return vars(progress)
-
-
-class _Plan:
-    """How many steps there will be, and after which of them to save."""
-
-    CALIBRATE_SECONDS = 45.0  # or 15% of the budget, whichever is sooner
-
-    def __init__(self, config: FitConfig, run: Run) -> None:
-        self.config, self.path, self.writes = config, run.directory / "plan.json", run.writes
-        self.total, self.known_from = config.total_steps, 0
-        if self.total is None and self.path.exists():
-            plan = read_json(self.path)
-            self.total, self.known_from = int(plan["total_steps"]), int(plan["known_from_step"])
-        self.times: list[float] = []
-        self.rates: list[float] = []
-        self.evaluation_seconds = 0.0
-        self.started = time.perf_counter()
-
-    def total_at(self, step: int) -> int | None:
-        """The number of steps as it was known after `step` steps, also when the run is begun again."""
-        return self.total if step >= self.known_from else None
-
-    def lr_fraction(self, step: int) -> float:
-        return warmup_stable_decay(
-            step, self.total_at(step), self.config.warmup_steps, self.config.decay_share
-        )
-
-    def done(self, step: int) -> bool:
-        return self.total is not None and step >= self.total
-
-    def observe(self, step: int, elapsed: float, tokens: int, ranks: Ranks) -> float:
-        """Take note of a step's time (the first rank's decide); returns the recent tokens per second."""
-        self.times.append(elapsed)
-        self.rates = [*self.rates[-19:], tokens / max(elapsed, 1e-9)]
-        if self.total is None and self.config.minutes is not None:
-            budget = 60 * self.config.minutes
-            spent = time.perf_counter() - self.started
-            most = self.config.most_steps
-            if step == most or (len(self.times) > 5 and spent >= min(self.CALIBRATE_SECONDS, 0.15 * budget)):
-                left = budget - spent - self.config.evaluations * self.evaluation_seconds
-                steps = step + max(1, round(left / statistics.median(self.times[2:] or self.times)))
-                self.total, self.known_from = steps if most is None else min(steps, most), step
-            if ranks.count > 1:
-                self.total, self.known_from = ranks.share([self.total, self.known_from])
-            if self.total is not None and self.writes:
-                write_json(self.path, {"total_steps": self.total, "known_from_step": step})
-        return round(statistics.median(self.rates), 1)
-
-    def seconds_left(self, step: int) -> float | None:
-        if self.total is None:
-            return None
-        return (self.total - step) * statistics.median(self.times[-50:])
-
-    def save_due(self, step: int) -> bool:
-        total, evaluations = self.total_at(step), self.config.evaluations
-        if total is None or step == 0:
-            return False
-        return step == total or step * evaluations // total > (step - 1) * evaluations // total
-
-    def timed_evaluation(self, evaluate: Callable[[int], Metrics], step: int) -> Metrics:
-        started = time.perf_counter()
-        figures = evaluate(step)
-        self.evaluation_seconds = time.perf_counter() - started
-        return figures
 
 
 class _Interrupt:

@@ -24,7 +24,6 @@ from fledge.train.experience import (
     experience_of,
     final_scores,
 )
-from fledge.train.loop import Metrics, Step, Steps, own_batches
 from fledge.train.losses import Term, forward_of
 from fledge.train.memory import Setup, check_memory_here, estimate, trained_share
 from fledge.train.parallel import ALONE, Ranks
@@ -32,6 +31,7 @@ from fledge.train.ppo_losses import adapted_beta, k3, masked_mean, policy_loss, 
 from fledge.train.pretraining_mix import PretrainingMix, TextBatch
 from fledge.train.prompts import EncodedPrompt, prompts_at
 from fledge.train.rollout import kl_figures, length_figures, micro_batches, minibatches, padded
+from fledge.train.steps import Metrics, Step, Steps, own_batches
 from fledge.types import RewardFunction
 
 

@@ -30,9 +30,9 @@ from fledge.tasks.tictactoe import (
 )
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.train.groups import World
-from fledge.train.loop import Metrics
 from fledge.train.prompts import EncodedPrompt, Prompts, encode_prompts
 from fledge.train.rollout import play as roll_out_of
+from fledge.train.steps import Metrics
 from fledge.types import Rollout, SamplingParams
 
 # For each board the cells that were sampled on it, None where none is named; the number is that of the call.

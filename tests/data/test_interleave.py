@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fledge.data.interleave import Mixture, Schedule
 from fledge.data.packing import BestFitRows, Documents, StreamRows
-from fledge.train.loop import row_steps
+from fledge.train.steps import row_steps
 from fledge.types import Batch
 
 SEPARATOR = 0

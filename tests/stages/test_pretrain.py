@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import fledge.stages.pretrain
-import fledge.train.loop
+import fledge.train.checkpoints
 from fledge import cli
 from fledge.data.sources import parse_sources, read_documents, split_documents
 from fledge.device import can_compile
@@ -428,7 +428,7 @@ FULL_IN_SAFETENSORS = SafetensorError(
     ("owner", "name", "call", "error", "saved"),
     [
         # The second checkpoint's optimizer, a row of metrics, a file's new name.
-        (fledge.train.loop, "save_file", 2, FULL_IN_SAFETENSORS, [6]),
+        (fledge.train.checkpoints, "save_file", 2, FULL_IN_SAFETENSORS, [6]),
         (Run, "log", 15, FULL, [6, 12]),
         (Path, "replace", 20, FULL, [6, 12]),
         (Path, "rename", 3, FULL, [6, 12]),

@@ -11,12 +11,13 @@ from torch.nn.utils import clip_grad_norm_
 from fledge.device import autocast, use_fast_products
 from fledge.model.config import ModelConfig
 from fledge.model.transformer import CausalLM, attend
-from fledge.train import loop
-from fledge.train.loop import _accumulate, _metrics, on_device
+from fledge.train import steps
+from fledge.train.loop import _accumulate, _metrics
 from fledge.train.losses import forward_of, next_token_loss
 from fledge.train.optim import make_optimizers
 from fledge.train.parallel import ALONE
 from fledge.train.rollout import Padded
+from fledge.train.steps import on_device
 from fledge.types import Batch
 
 SHAPE = ModelConfig("qwen3", 300, 128, 192, 2, 4, 2, 32, 64)
@@ -77,11 +78,11 @@ def test_batches_of_batches_go_to_a_device_in_one_piece(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Tensor, "pin_memory", pinned)
     rows = Padded(torch.zeros(2, 3), torch.ones(2, 2), torch.ones(2))
-    there = loop._pinned_to(rows, torch.device("meta"))
+    there = steps._pinned_to(rows, torch.device("meta"))
     assert isinstance(there, Padded)
     assert {tensor.device.type for tensor in vars(there).values()} == {"meta"}
     assert len(moved) == 3
-    assert loop._pinned_to(batch(), torch.device("meta")).segment_ids is None
+    assert steps._pinned_to(batch(), torch.device("meta")).segment_ids is None
 
 
 def test_fp32_stays_exact(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,11 @@ from fledge.run import Run
 from fledge.train.groups import GroupBatch, Settings, State, World, sampled_groups
 from fledge.train.grpo import grpo_loss, grpo_steps, held_out_figures
 from fledge.train.grpo_losses import group_advantages
-from fledge.train.loop import FitConfig, Metrics, Step, fit
+from fledge.train.loop import fit
 from fledge.train.optim import make_optimizers
+from fledge.train.plan import FitConfig
 from fledge.train.rollout import padded
+from fledge.train.steps import Metrics, Step
 from fledge.types import Rollout
 
 from .test_ppo import PROMPTS, TOKENIZER, answers_of, asked, length_reward, objective_value, tiny

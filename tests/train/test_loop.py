@@ -18,15 +18,18 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import fledge.model.checkpoint
-import fledge.train.loop
+import fledge.train.checkpoints
 from fledge.errors import UserError
 from fledge.model.checkpoint import save_model
 from fledge.model.config import ModelConfig
 from fledge.model.transformer import CausalLM
 from fledge.run import Run
-from fledge.train.loop import Diverged, FitConfig, Metrics, Step, Steps, fit, row_steps
+from fledge.train.divergence import Diverged
+from fledge.train.loop import fit
 from fledge.train.losses import Forward, Term, next_token_loss
 from fledge.train.optim import make_optimizers
+from fledge.train.plan import FitConfig
+from fledge.train.steps import Metrics, Step, Steps, row_steps
 from fledge.types import Batch
 
 VOCAB_SIZE = 30
@@ -610,7 +613,7 @@ class DeadlyDisk:
             (Path, "mkdir"),
             (shutil, "rmtree"),
             (Run, "log"),
-            (fledge.train.loop, "save_file"),
+            (fledge.train.checkpoints, "save_file"),
             (fledge.model.checkpoint, "save_file"),
         ):
             patched.setattr(owner, name, self.deadly(getattr(owner, name)))

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fledge.errors import UserError
 from fledge.run import Run
-from fledge.train.loop import Idle, own_batches, row_steps
 from fledge.train.parallel import ALONE, Ranks, joined
 from fledge.train.shards import rows_of
+from fledge.train.steps import Idle, own_batches, row_steps
 from fledge.types import Batch
 
 counts = st.integers(1, 9)

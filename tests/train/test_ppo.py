@@ -24,13 +24,15 @@ from fledge.run import Run
 from fledge.tokenizer.bpe import SMALLEST_VOCAB_SIZE, train_bpe
 from fledge.train.actor_critic import ActorCritic, Critic, reference_of
 from fledge.train.experience import Settings, State, World, experience_of, final_scores
-from fledge.train.loop import FitConfig, Step, fit
+from fledge.train.loop import fit
 from fledge.train.losses import Term
 from fledge.train.optim import make_optimizers
+from fledge.train.plan import FitConfig
 from fledge.train.ppo import held_out_figures, ppo_loss, ppo_steps
 from fledge.train.pretraining_mix import read_mix
 from fledge.train.prompts import EncodedPrompt
 from fledge.train.rollout import micro_batches, padded
+from fledge.train.steps import Step
 from fledge.types import Rollout
 
 TOKENIZER = train_bpe([], SMALLEST_VOCAB_SIZE)
