@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import math
 import re
 import textwrap
 import tomllib
@@ -129,6 +130,21 @@ def check_at_least(config: Dataclass, least: int, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+
+
+def check_positive(config: Dataclass, *names: str) -> None:
+    """Raise UserError, naming the flag, for the first of these settings that is set and no number above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be a number above 0")
+
+
+def check_share(config: Dataclass, name: str) -> None:
+    """Raise UserError, naming the flag, if a share is below 0, or is the whole."""
+    if not 0 <= getattr(config, name) < 1:
+        value = getattr(config, name)
+        raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 0 and below 1")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import shutil
 import signal
@@ -18,7 +17,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from fledge.config import check_at_least, to_toml
+from fledge.config import check_at_least, check_positive, to_toml
 from fledge.data.stdlib import build_corpus
 from fledge.errors import UserError
 from fledge.evals.demo import summarise
@@ -116,10 +115,7 @@ def _aligned_by(config: Config) -> str | None:
 
 def _check(config: Config) -> None:
     """Refuse what a stage would refuse later, before anything is written or deleted."""
-    for name in ("facts", "minutes", "sft_epochs", "limit"):
-        value = getattr(config, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be a number above 0")
+    check_positive(config, "facts", "minutes", "sft_epochs", "limit")
     check_at_least(config, 0, "seed")
     if config.tokens:
         parse_count(config.tokens, "tokens")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fledge.config import check_at_least, to_toml
+from fledge.config import check_at_least, check_positive, check_share, to_toml
 from fledge.data.comparisons import Comparison, split_by_prompt
 from fledge.data.preference_rows import Preferences, read_judged, read_pairs, strangers
 from fledge.device import ComputeName, DeviceName, pick_compute_dtype, pick_device
@@ -182,18 +182,14 @@ def _check(config: Config) -> None:
         raise UserError("--new-layers does not go with --lora-rank: choose what is trained")
     if not config.data:
         raise UserError("--data: name at least one file of preferences")
-    for name in ("epochs", "beta", "good_weight", "bad_weight"):
-        value = getattr(config, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be above 0, and finite")
+    check_positive(config, "epochs", "beta", "good_weight", "bad_weight")
     if not 0 <= config.simpo_gamma < math.inf:
         raise UserError(f"--simpo-gamma {config.simpo_gamma}: must be at least 0")
     if not 0 <= config.label_smoothing < 0.5:
         raise UserError(f"--label-smoothing {config.label_smoothing}: must be at least 0 and below 0.5")
     if config.label_smoothing and config.loss not in ("sigmoid", "robust"):
         raise UserError(f"--label-smoothing is for the losses sigmoid and robust, not for {config.loss}")
-    if not 0 <= config.validation_share < 1:
-        raise UserError(f"--validation-share {config.validation_share}: must be at least 0 and below 1")
+    check_share(config, "validation_share")
 
 
 def _load(config: Config, tokenizer: Tokenizer, device: torch.device) -> CausalLM:

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fledge.config import check_at_least
+from fledge.config import check_at_least, check_positive
 from fledge.errors import UserError
 from fledge.train.memory import GB, Setup
 from fledge.train.optim import OptimizerName
@@ -113,10 +113,7 @@ def _check(config: Config) -> None:
         raise UserError("--gpus: give numbers of at least 1")
     if not 0 < config.reached <= 1:
         raise UserError(f"--reached {config.reached}: must be above 0 and at most 1")
-    names = ("gpu_memory_gb", "gpu_tflops", "node_gb_per_second", "network_gb_per_second")
-    for name in names:
-        if not getattr(config, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be above 0")
+    check_positive(config, "gpu_memory_gb", "gpu_tflops", "node_gb_per_second", "network_gb_per_second")
     check_at_least(config, 0, "hop_microseconds")
 
 

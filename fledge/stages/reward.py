@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch.optim import Optimizer
 
-from fledge.config import check_at_least, to_toml
+from fledge.config import check_at_least, check_positive, check_share, to_toml
 from fledge.data.comparisons import (
     Comparison,
     Comparisons,
@@ -187,12 +187,10 @@ def _check(config: Config) -> None:
         raise UserError("--new-layers does not go with --lora-rank: choose what is trained")
     if not config.data:
         raise UserError("--data: name at least one file of preferences")
-    if not 0 < config.epochs < math.inf:
-        raise UserError(f"--epochs {config.epochs}: must be above 0, and finite")
+    check_positive(config, "epochs")
     if not 0 <= config.centring < math.inf:
         raise UserError(f"--centring {config.centring}: must be at least 0")
-    if not 0 <= config.validation_share < 1:
-        raise UserError(f"--validation-share {config.validation_share}: must be at least 0 and below 1")
+    check_share(config, "validation_share")
 
 
 def _load(config: Config, tokenizer: Tokenizer, device: torch.device) -> RewardModel:

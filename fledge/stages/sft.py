@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -12,7 +11,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from fledge.config import check_at_least, to_toml
+from fledge.config import check_at_least, check_positive, check_share, to_toml
 from fledge.data.conversations import EncodedConversations, read_conversations, split_conversations
 from fledge.data.packing import ConversationRows
 from fledge.device import ComputeName, DeviceName, pick_compile, pick_compute_dtype, pick_device
@@ -207,10 +206,8 @@ def _check(config: Config) -> None:
     check_at_least(config, 0, "seed")
     if config.epochs is not None and config.minutes is not None:
         raise UserError("--epochs and --minutes: give one of them")
-    if config.epochs is not None and not 0 < config.epochs < math.inf:
-        raise UserError(f"--epochs {config.epochs}: must be above 0, and finite")
-    if not 0 <= config.validation_share < 1:
-        raise UserError(f"--validation-share {config.validation_share}: must be at least 0 and below 1")
+    check_positive(config, "epochs")
+    check_share(config, "validation_share")
     check_at_least(config, 1, "row_tokens", "batch_tokens", "micro_batch_tokens", "completion_tokens")
     check_at_least(config, 1, "from_best_of")
     if (config.from_best_of is None) != (config.reward_model is None):

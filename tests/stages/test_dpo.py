@@ -285,9 +285,9 @@ def test_judgements_left_out_are_named(flags: list[str], judgements: Path, tmp_p
         (["--model", "{tmp}/mixed"], "{tmp}/mixed: its tokenizer has ids that the model lacks"),
         (["--model", "{tmp}/plain"], "{tmp}/plain: its tokenizer has no chat template that marks what the"),
         (["--model", "{tmp}/unmarked"], "{tmp}/unmarked: its tokenizer has no chat template that marks"),
-        (["--epochs", "0"], "--epochs 0.0: must be above 0"),
-        (["--beta", "0"], "--beta 0.0: must be above 0"),
-        (["--bad-weight", "-1"], "--bad-weight -1.0: must be above 0"),
+        (["--epochs", "0"], "--epochs 0.0: must be a number above 0"),
+        (["--beta", "0"], "--beta 0.0: must be a number above 0"),
+        (["--bad-weight", "-1"], "--bad-weight -1.0: must be a number above 0"),
         (["--simpo-gamma", "-1"], "--simpo-gamma -1.0: must be at least 0"),
         (["--label-smoothing", "0.5"], "--label-smoothing 0.5: must be at least 0 and below 0.5"),
         (

@@ -179,7 +179,7 @@ def test_a_seed_decides_and_a_finished_run_does_nothing(
         (["--max-tokens", "5"], "nothing to learn from: 60 prompts whose completions are all tied"),
         (["--model", "{tmp}/mixed"], "{tmp}/mixed: its tokenizer has ids that the model lacks"),
         (["--model", "{tmp}/plain"], "the tokenizer has no chat template"),
-        (["--epochs", "0"], "--epochs 0.0: must be above 0"),
+        (["--epochs", "0"], "--epochs 0.0: must be a number above 0"),
         (["--batch-prompts", "0"], "--batch-prompts 0: must be at least 1"),
         (["--centring", "-1"], "--centring -1.0: must be at least 0"),
         (["--validation-share", "1"], "--validation-share 1.0: must be at least 0 and below 1"),

@@ -266,7 +266,7 @@ def test_a_run_does_not_go_on_with_another_model(
         (["--data", "{tmp}/role.jsonl"], "{tmp}/role.jsonl:2: messages[0]: role is 'human'"),
         (["--data", "{tmp}/silent.jsonl"], "{tmp}/silent.jsonl: no conversation to learn from"),
         (["--row-tokens", "8"], "no conversation to learn from (120 too long for 9 tokens"),
-        (["--epochs", "0"], "--epochs 0.0: must be above 0"),
+        (["--epochs", "0"], "--epochs 0.0: must be a number above 0"),
         (["--minutes", "1"], "--epochs and --minutes: give one of them"),
         (["--validation-share", "1"], "--validation-share 1.0: must be at least 0 and below 1"),
         (["--row-tokens", "0"], "--row-tokens 0: must be at least 1"),
