@@ -3,8 +3,9 @@
 An answer says first which name it is about, as the documents do where a line has name and summary. For a
 name that is none it says as much of it as some real name begins with, and then that it doesn't know it. So
 the model need not see at once that a name is strange. To see that, it would have to compare what it read
-with what it had expected, and what it expects is complete only after its last layer. Instead it copies the
-name from the question as long as it would itself expect it; where the two part, the question mark is likely.
+with what it had expected, and what it expects is complete only after its last layers. Instead it copies the
+name from the question as long as it would itself expect it; where the two part, it breaks off. Best cut names
+into the tokens of the model (`tokens`): between those it decides.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache
 from itertools import accumulate
 from typing import Any
 
 from fledge.data.facts import Fact, unit_hash
+from fledge.tokenizer.bpe import Tokenizer
 
 REFUSAL = "I don't know that name."
 QUESTIONS = (
@@ -165,8 +167,22 @@ def listings(facts: Sequence[Fact]) -> list[str]:
 
 # --- answers --------------------------------------------------------------------------------------
 
-# The words of a name, each with the dots and underscores before it.
+# Cuts a name into pieces that make it up.
+Pieces = Callable[[str], Sequence[str]]
+
 _WORD = re.compile(r"[._]*(?:[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+)|.")
+
+
+def words(name: str) -> list[str]:
+    """The words of a name, each with the dots and underscores before it."""
+    return _WORD.findall(name)
+
+
+def tokens(tokenizer: Tokenizer, name: str) -> list[str]:
+    """The tokens of a name as they stand at the beginning of an answer, with a colon behind."""
+    texts = [tokenizer.decode([i]) for i in tokenizer.encode(f"{name}:")]
+    texts[-1] = texts[-1].removesuffix(":")
+    return [text for text in texts if text]
 
 
 def answer(name: str, summary: str) -> str:
@@ -174,25 +190,21 @@ def answer(name: str, summary: str) -> str:
     return f"{name}: {summary}"
 
 
-def _starts(name: str) -> Iterator[str]:
-    return accumulate(_WORD.findall(name))
-
-
-def beginnings(names: Iterable[str]) -> frozenset[str]:
-    """With what names begin, in whole words: `zlib.DecompressError` with `zlib`, `zlib.Decompress` and
+def beginnings(names: Iterable[str], pieces: Pieces = words) -> frozenset[str]:
+    """With what names begin, in whole pieces: `zlib.DecompressError` with `zlib`, `zlib.Decompress` and
     itself."""
-    return frozenset(start for name in names for start in _starts(name))
+    return frozenset(start for name in names for start in accumulate(pieces(name)))
 
 
-def refusal(name: str, known: Collection[str]) -> str:
+def refusal(name: str, known: Collection[str], pieces: Pieces = words) -> str:
     """What is said about a name that does not exist: as much of it as is among the `beginnings` of names
     that do, and that it is not known."""
     part = ""
-    for start in _starts(name):
+    for start in accumulate(pieces(name)):
         if start not in known:
             break
-        part = start
-    return f"{part}? {REFUSAL}" if part else REFUSAL
+        part = start.rstrip("._")
+    return f"{part}...? {REFUSAL}" if part else REFUSAL
 
 
 # --- questions and conversations ------------------------------------------------------------------

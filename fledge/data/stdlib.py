@@ -19,6 +19,7 @@ from pathlib import Path
 
 from fledge.data.fact_texts import (
     QUESTIONS,
+    Pieces,
     Record,
     answer,
     beginnings,
@@ -29,6 +30,7 @@ from fledge.data.fact_texts import (
     questions,
     refusal,
     single,
+    words,
 )
 from fledge.data.facts import (
     SPLIT_SHARES,
@@ -221,13 +223,16 @@ def _draw_names(
     early_names: float,
     early_questions_per_fact: int,
     evaluation_names: int,
+    pieces: Pieces,
     known: Collection[str],
 ) -> _Names:
     taught = _answers(by_split["sft"])
     # The other taught names are, until fine-tuning, known from documents alone, as test names are. Were
     # all of them asked before, "never asked" would look like "invented" and test names would be refused.
     early = {n: a for n, a in taught.items() if unit_hash("asked early", n) < early_names}
-    # An invented name is asked about once in a source: remembering them one by one would teach nothing.
+    # An invented name is asked about once in a source: remembering them one by one would teach nothing. For
+    # the same reason pretraining has so many of them, and questions about names in so many ways, that it
+    # hardly goes through them twice. Where words do not suffice for all, fine-tuning comes first.
     refusals = refusal_share / (1 - refusal_share)
     first = round(early_questions_per_fact * len(early) * refusals)
     then = round(questions_per_fact * len(taught) * refusals)
@@ -236,8 +241,8 @@ def _draw_names(
     unseen = invented_names(by_split["test"], exists, asked, seed + 1, apart_from=invented)
     not_test = [*by_split["sft"], *by_split["preference"]]
     more = invented_names(not_test, exists, len(not_test), seed + 2, apart_from=[*invented, *unseen])
-    said = [(name, refusal(name, known)) for name in invented]
-    return _Names(taught, early, dict(said[:first]), dict(said[first:]), more, unseen)
+    said = [(name, refusal(name, known, pieces)) for name in invented]
+    return _Names(taught, early, dict(said[then:]), dict(said[:then]), more, unseen)
 
 
 @collector_paused()
@@ -247,10 +252,11 @@ def build_corpus(
     max_facts: int | None = None,
     without_test_documents: bool = False,
     *,
+    pieces: Pieces = words,
     questions_per_fact: int = 2,
     refusal_share: float = 0.33,
     early_names: float = 0.5,
-    early_questions_per_fact: int = 2,
+    early_questions_per_fact: int = 8,
     evaluation_names: int = 500,
 ) -> Record:
     """Write the corpus into `directory` and return its manifest (also in manifest.json).
@@ -260,7 +266,8 @@ def build_corpus(
     eval_seen.jsonl, eval_test.jsonl, eval_invented.jsonl, preference.jsonl; names.json, few_shot.txt.
     The same Python, seed and options give the same bytes. `max_facts` keeps that many facts;
     `without_test_documents` leaves out every document that has a test fact, for the control that
-    asks how much is answered without having read it.
+    asks how much is answered without having read it. `pieces` cuts names for refusals, which say as much
+    of a name as is known, in whole pieces.
     """
     modules = read_library()
     facts = find_facts(modules, max_facts)
@@ -268,8 +275,8 @@ def build_corpus(
     by_split: dict[Split, list[Fact]] = {s: [f for f in facts if splits[f.name] == s] for s in SPLIT_SHARES}
     shares = (questions_per_fact, refusal_share, early_names, early_questions_per_fact, evaluation_names)
     read = [f for s, own in by_split.items() if s != "test" or not without_test_documents for f in own]
-    known = beginnings(fact.name for fact in read)
-    names = _draw_names(by_split, ExistingNames(modules), seed, *shares, known)
+    known = beginnings((fact.name for fact in read), pieces)
+    names = _draw_names(by_split, ExistingNames(modules), seed, *shares, pieces, known)
     shown = _few_shot(by_split["sft"], names.early_invented)
     asked: dict[str, Mapping[str, str | None]] = {
         "seen": {n: names.taught[n] for n in _draw(set(names.taught) - set(dict(shown)), evaluation_names)},

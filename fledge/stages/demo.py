@@ -11,6 +11,7 @@ import time
 import tomllib
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from fledge.config import check_at_least, check_positive, to_toml
+from fledge.data.fact_texts import tokens
 from fledge.data.stdlib import build_corpus
 from fledge.errors import UserError
 from fledge.evals.demo import summarise
@@ -25,11 +27,15 @@ from fledge.evals.demo_alignment import best_of_n, compare, make_preferences
 from fledge.files import read_json, read_jsonl, write_json
 from fledge.report.demo import write_demo_report
 from fledge.run import Run
+from fledge.tokenizer.bpe import Tokenizer
 from fledge.train.recipe import parse_count, recipe_for
 
 # Shares of the pretraining mixture: facts to know, questions (as text and as chats) about some of them to be
 # able to use them, and the rest of the text.
 MIXTURE = {"facts": 0.86, "questions": 0.04, "chats": 0.08, "topics": 0.01, "source": 0.01}
+# Twice as deep as is usual for so few parameters: what a name calls to mind has to be compared with the name
+# that was asked, and for that there must be layers left.
+SHAPE: dict[str, Any] = {"params": "4.3M", "layers": 8, "hidden_size": 192}
 # Small steps: a run of minutes is short of steps before it is short of tokens.
 BATCH_TOKENS = 2048
 QUESTION_SETS = ("eval_seen", "eval_test", "eval_invented")
@@ -50,8 +56,8 @@ class Config:
     """Directory of everything the demo makes; the same command again goes on where it stopped."""
     facts: int = 1800
     """How many documented names the model is to learn."""
-    params: str = "4.2M"
-    """About how many parameters."""
+    params: str | None = None
+    """About how many parameters, in the usual shape; by default 4.3M in 8 layers of width 192."""
     vocab_size: int = 4096
     """Size of the vocabulary."""
     minutes: float = 7.0
@@ -119,20 +125,30 @@ def _check(config: Config) -> None:
     check_at_least(config, 0, "seed")
     if config.tokens:
         parse_count(config.tokens, "tokens")
-    recipe_for(parse_count(config.params, "params"), config.vocab_size)
+    recipe_for(parse_count(config.params or SHAPE["params"], "params"), config.vocab_size)
+
+
+def _make_corpus(config: Config, console: Console, corpus: Path, tokenizer: Path) -> None:
+    """Tokenizer and corpus. Where refusals break names off between tokens there must be a tokenizer first: it
+    learns from a draft, in which they break off between words."""
+    draft, left_out = config.out / "draft", config.without_test_documents
+    build = partial(
+        build_corpus, max_facts=config.facts, without_test_documents=left_out, evaluation_names=ASKED
+    )
+    console.print("building the corpus from the Python installation", highlight=False)
+    if not tokenizer.is_dir():
+        build(draft)
+        texts = [f"{name}={draft / name}.jsonl:{share}" for name, share in MIXTURE.items() if name != "chats"]
+        _run(console, "tokenizer", data=texts, vocab_size=config.vocab_size, out=tokenizer)
+    build(corpus, pieces=partial(tokens, Tokenizer.load(tokenizer)))
 
 
 def _raise_models(config: Config, console: Console) -> None:
     """Corpus, tokenizer, base model, assistant, and their answers; what is done is not done again."""
     out, corpus, tokenizer = config.out, config.out / "corpus", config.out / "tokenizer"
     if not (corpus / "manifest.json").exists():
-        console.print("building the corpus from the Python installation", highlight=False)
-        left_out = config.without_test_documents
-        build_corpus(corpus, max_facts=config.facts, without_test_documents=left_out, evaluation_names=ASKED)
+        _make_corpus(config, console, corpus, tokenizer)
     sources = {name: f"{name}={corpus / name}.jsonl:{share}" for name, share in MIXTURE.items()}
-    if not tokenizer.is_dir():
-        texts = [source for name, source in sources.items() if name != "chats"]
-        _run(console, "tokenizer", data=texts, vocab_size=config.vocab_size, out=tokenizer)
     asked = [row["question"] for _, row in read_jsonl(corpus / "eval_seen.jsonl")][:2]
     _run(
         console,
@@ -140,7 +156,7 @@ def _raise_models(config: Config, console: Console) -> None:
         data=list(sources.values()),
         tokenizer=tokenizer,
         out=out / "base",
-        params=config.params,
+        **({"params": config.params} if config.params else SHAPE),
         **({"tokens": config.tokens} if config.tokens else {"minutes": config.minutes}),
         batch_tokens=BATCH_TOKENS,
         validation_share=VALIDATION_SHARE,

@@ -270,7 +270,7 @@ def test_questions_name_the_thing_and_differ() -> None:
 
 def test_conversations_have_the_shares_asked_for() -> None:
     answers = {f"m.name{i}": f"m.name{i}: Do number {i}." for i in range(200)}
-    invented = {f"m.no{i}": f"m.no? {REFUSAL}" for i in range(200)}
+    invented = {f"m.no{i}": f"m.no...? {REFUSAL}" for i in range(200)}
     made = conversations(answers, invented, refusal_share=0.4, multi_turn_share=0.1)
     replies = [m["content"] for c in made for m in c["messages"] if m["role"] == "assistant"]
     refusals = [reply for reply in replies if reply.endswith(REFUSAL)]
@@ -299,10 +299,18 @@ def test_answers_name_what_they_are_about() -> None:
     }
     assert "zlib.Dec" not in known
     assert answer("zlib.crc32", "Compute it.") == "zlib.crc32: Compute it."
-    assert refusal("zlib.DecompressSocket", known) == f"zlib.Decompress? {REFUSAL}"
-    assert refusal("zlib.Dec", known) == f"zlib? {REFUSAL}"
-    assert refusal("os.path.is", known) == f"os.path.is? {REFUSAL}"  # begins a name but is none
+    assert refusal("zlib.DecompressSocket", known) == f"zlib.Decompress...? {REFUSAL}"
+    assert refusal("zlib.Dec", known) == f"zlib...? {REFUSAL}"
+    assert refusal("os.path.is", known) == f"os.path.is...? {REFUSAL}"  # begins a name but is none
     assert refusal("tarfile.open", known) == REFUSAL
+
+
+def test_a_refusal_breaks_off_between_pieces() -> None:
+    known = beginnings(["abx", "a.b"], list)
+    assert known == {"a", "ab", "abx", "a.", "a.b"}
+    assert refusal("abcd", known, list) == f"ab...? {REFUSAL}"
+    assert refusal("a.cd", known, list) == f"a...? {REFUSAL}"  # not with four dots
+    assert refusal("._b", beginnings([".x"], list), list) == REFUSAL
 
 
 # --- invented names -------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ def test_an_invented_name_is_answered_as_asked_if_the_answer_names_it(tmp_path: 
     answers = [
         "a.b: Opens it.",
         "a.cc: Closes it.",
-        "a? I don't know that name.",
-        "a.e? I don't know that name.",
+        "a...? I don't know that name.",
+        "a.e...? I don't know that name.",
     ]
     made = [
         {"set": "eval_invented", "question": question, "answer": text, "refused": "know" in text}

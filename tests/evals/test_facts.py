@@ -74,7 +74,7 @@ def test_right_means_f1_of_at_least_08_or_a_refusal() -> None:
     assert not is_right("cat", "a cat sat down")
     assert is_right("I don't know x.", None)
     assert not is_right("A cat.", None)
-    assert is_right("a.b? I don't know that name.", None)
+    assert is_right("a.b...? I don't know that name.", None)
     assert is_right("a.b_c2? I don't know that name.", None)
     assert not is_right("a.b: Does what I don't know.", None)
 

@@ -10,22 +10,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import fledge.stages.demo
 from fledge.cli import main
 from fledge.data.conversations import read_conversations
+from fledge.data.fact_texts import answer, questions, tokens
 from fledge.engine.text import load_engine
 from fledge.evals.demo_alignment import is_held_out, make_preferences
 from fledge.files import remove
+from fledge.model.transformer import CausalLM
 from fledge.run import LOCK
 from fledge.tokenizer.bpe import Tokenizer
 from fledge.tokenizer.chat import encode_chat
+from fledge.train.recipe import adapted, model_config, parse_count, recipe_for
 from fledge.types import Message, SamplingParams
 
 from .commands import start, wait_for_step
@@ -53,6 +57,21 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def until_pretraining(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
+    """Let demos run until pretraining is to begin; returns what stages are asked for, by their verbs."""
+    asked: dict[str, dict[str, Any]] = {}
+    run = fledge.stages.demo._run
+
+    def note(console: Console, verb: str, **settings: Any) -> None:
+        asked[verb] = settings
+        if verb == "pretrain":
+            raise KeyboardInterrupt
+        run(console, verb, **settings)
+
+    monkeypatch.setattr(fledge.stages.demo, "_run", note)
+    return asked
 
 
 def copied(demo: Path, out: Path, *without: str, align: str = "dpo") -> Path:
@@ -110,6 +129,33 @@ def test_test_and_invented_names_are_in_no_training_question(demo: Path) -> None
         rows = [json.loads(line) for line in (corpus / f"eval_{kind}.jsonl").read_text().splitlines()]
         assert rows and not any(row["question"] in trained for row in rows)
         assert not {row["name"] for row in rows} & {*names["taught"], *names["invented"]["sft"]}
+
+
+def test_refusals_break_names_off_between_tokens(demo: Path) -> None:
+    tokenizer = Tokenizer.load(demo / "tokenizer")
+    names = json.loads((demo / "corpus/names.json").read_text())
+    known = {start for name in names["real"] for start in accumulate(tokens(tokenizer, name))}
+    asked = {question: name for name in names["invented"]["sft"] for question in questions(name)}
+    checked = 0
+    for source in ("chats", "sft"):
+        for row in rows_of(demo / f"corpus/{source}.jsonl"):
+            for question, said in zip(row["messages"][::2], row["messages"][1::2], strict=True):
+                if question["content"] in asked and "...?" in said["content"]:
+                    starts = list(accumulate(tokens(tokenizer, asked[question["content"]])))
+                    read = [start for start in starts if start in known]
+                    assert read == starts[: len(read)]
+                    assert said["content"].split("...?")[0] == read[-1].rstrip("._")
+                    checked += 1
+    assert checked > 50
+
+
+@pytest.mark.parametrize("name", ["zlib", "os.path.is_file", "typing.NamedTuple", "re", "poplib.POP3.pass_"])
+def test_the_tokens_of_a_name_make_it_up(name: str, demo: Path) -> None:
+    tokenizer = Tokenizer.load(demo / "tokenizer")
+    found = tokens(tokenizer, name)
+    assert "".join(found) == name
+    in_an_answer = [tokenizer.decode([i]) for i in tokenizer.encode(answer(name, "Does it."))]
+    assert found[:-1] == in_an_answer[: len(found) - 1]
 
 
 def test_no_test_name_is_in_a_preference(demo: Path) -> None:
@@ -263,13 +309,28 @@ def test_other_settings_are_refused(demo: Path, capsys: pytest.CaptureFixture[st
     assert "--out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("flags", "layers"), [([], 8), (["--params", "4.2M"], None)])
+def test_the_model_is_deep_unless_its_size_is_asked_for(
+    flags: list[str], layers: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = until_pretraining(monkeypatch)
+    size = ["--facts", "150", "--vocab-size", "700"]
+    assert main(["demo", "--out", str(tmp_path / "demo"), *size, *flags]) == 130
+    assert asked["pretrain"].get("layers") == layers
+
+
+def test_the_default_shape_has_the_size_it_says() -> None:
+    shape = fledge.stages.demo.SHAPE
+    recipe = recipe_for(parse_count(shape["params"], "params"), 4096)
+    recipe = adapted(recipe, 512, shape["hidden_size"], layers=shape["layers"])
+    parameters = CausalLM(model_config(recipe, "qwen3", 4096, 1024)).num_parameters()
+    assert parameters == pytest.approx(parse_count(shape["params"], "params"), rel=0.02)
+
+
 def test_the_control_has_not_read_about_the_test_names(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(fledge.stages.demo, "_run", interrupt)
+    until_pretraining(monkeypatch)
     assert main(["demo", "--out", str(tmp_path / "control"), *ALIGNED, "--without-test-documents"]) == 130
     told = {}
     for out in (demo, tmp_path / "control"):
