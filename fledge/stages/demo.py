@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import shlex
-import shutil
-import signal
-import subprocess
-import sys
 import time
 import tomllib
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 from rich.console import Console
 
+from fledge.commands import program, run_verb
 from fledge.config import check_at_least, check_positive, to_toml
 from fledge.data.fact_texts import tokens
 from fledge.data.stdlib import build_corpus
-from fledge.errors import UserError
 from fledge.evals.demo import summarise
 from fledge.evals.demo_alignment import best_of_n, compare, make_preferences
 from fledge.files import read_json, read_jsonl, write_json
@@ -139,7 +133,7 @@ def _make_corpus(config: Config, console: Console, corpus: Path, tokenizer: Path
     if not tokenizer.is_dir():
         build(draft)
         texts = [f"{name}={draft / name}.jsonl:{share}" for name, share in MIXTURE.items() if name != "chats"]
-        _run(console, "tokenizer", data=texts, vocab_size=config.vocab_size, out=tokenizer)
+        run_verb(console, "tokenizer", data=texts, vocab_size=config.vocab_size, out=tokenizer)
     build(corpus, pieces=partial(tokens, Tokenizer.load(tokenizer)))
 
 
@@ -150,7 +144,7 @@ def _raise_models(config: Config, console: Console) -> None:
         _make_corpus(config, console, corpus, tokenizer)
     sources = {name: f"{name}={corpus / name}.jsonl:{share}" for name, share in MIXTURE.items()}
     asked = [row["question"] for _, row in read_jsonl(corpus / "eval_seen.jsonl")][:2]
-    _run(
+    run_verb(
         console,
         "pretrain",
         data=list(sources.values()),
@@ -164,7 +158,7 @@ def _raise_models(config: Config, console: Console) -> None:
         prompts=[f"Question: {question}\nAnswer:" for question in asked],
         seed=config.seed,
     )
-    _run(
+    run_verb(
         console,
         "sft",
         model=out / "base/model",
@@ -193,18 +187,18 @@ def _align(config: Config, console: Console) -> None:
     examined: dict[str, Any] = {"held_out": held} if held.stat().st_size else {"validation_share": 0}
     learned = {"model": sft, "seed": config.seed}
     judged = {"data": preferences / "train.jsonl", **learned}
-    _run(console, "reward", **judged, **examined, out=out / "reward", **REWARD)
+    run_verb(console, "reward", **judged, **examined, out=out / "reward", **REWARD)
     if not (out / "best_of.json").exists():
         _say(console, "choosing the best of several answers by the reward model")
         write_json(out / "best_of.json", best_of_n(sft, reward, corpus, config.seed, config.limit))
     if config.align == "dpo":
         own = preferences / "own.jsonl"  # empty where only padding makes a difference
         data = own if own.stat().st_size else preferences / "train.jsonl"
-        _run(console, "dpo", data=data, **learned, out=out / "dpo", **DPO)
+        run_verb(console, "dpo", data=data, **learned, out=out / "dpo", **DPO)
     else:
         rolled = {"rollouts": min(PPO_ROLLOUTS, config.limit or PPO_ROLLOUTS), **PPO}
         asked = {"prompts": preferences / "prompts.jsonl", "reward": reward, **learned}
-        _run(console, "ppo", **asked, out=out / "ppo", **rolled)
+        run_verb(console, "ppo", **asked, out=out / "ppo", **rolled)
     _evaluate(config, console, config.align, aligned, **_scored(config))
     comparison = out / f"comparison_{config.align}.json"
     if not comparison.exists():
@@ -230,14 +224,14 @@ def _evaluate(config: Config, console: Console, name: str, model: Path, **settin
     if not (out / "summary.json").exists():
         limit = {"limit": config.limit} if config.limit else {}
         files = [config.out / "corpus" / f"{questions}.jsonl" for questions in QUESTION_SETS]
-        _run(console, "evaluate", model=model, questions=files, out=out, **limit, **settings)
+        run_verb(console, "evaluate", model=model, questions=files, out=out, **limit, **settings)
 
 
 def _say_goodbye(console: Console, config: Config, report: Path) -> None:
     aligned = _aligned_by(config)
-    chat = f"{_program()} chat --model {config.out / (aligned or 'sft') / 'model'}"
+    chat = f"{program()} chat --model {config.out / (aligned or 'sft') / 'model'}"
     stages = ("base", "sft", *([aligned] if aligned else []))
-    serve = f"{_program()} serve --model " + " ".join(f"{one}={config.out / one / 'model'}" for one in stages)
+    serve = f"{program()} serve --model " + " ".join(f"{one}={config.out / one / 'model'}" for one in stages)
     known, invented = (
         next(read_jsonl(config.out / f"corpus/eval_{questions}.jsonl"))[1]["question"]
         for questions in ("seen", "invented")
@@ -250,59 +244,6 @@ def _say_goodbye(console: Console, config: Config, report: Path) -> None:
         f"side by side, in the browser: {serve}",
     )
     console.print("\n" + "\n".join(lines), highlight=False, markup=False, soft_wrap=True)
-
-
-def _program() -> str:
-    """How this program is called from here: by its name only if the shell finds it."""
-    if shutil.which("fledge"):
-        return "fledge"
-    called = Path(sys.argv[0])
-    return str(called) if called.name == "fledge" else f"{sys.executable} -m fledge"
-
-
-def _run(console: Console, verb: str, **settings: Any) -> None:
-    """Run a verb as a command; its own errors are shown by itself."""
-    flags: list[str] = []
-    for name, value in settings.items():
-        values = value if isinstance(value, list) else [] if value is True else [value]
-        flags += [f"--{name.replace('_', '-')}", *map(str, values)]
-    shown = " ".join(map(shlex.quote, flags)).replace("\n", "\\n")
-    console.print(f"\n$ fledge {verb} {shown}", style="bold", highlight=False, markup=False, soft_wrap=True)
-    code = _wait_for([sys.executable, "-m", "fledge", verb, *flags])
-    if code == 130:
-        raise KeyboardInterrupt
-    if code:
-        raise UserError(f"the step `fledge {verb}` failed; what is done is kept: run the same command again")
-
-
-def _wait_for(command: list[str]) -> int:
-    """Run a command; a request to end that only this process gets is passed on, and the end waited for."""
-    process: subprocess.Popen[bytes] | None = None
-    asked = False
-
-    def pass_on(_number: int, _frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        if process is not None:
-            process.terminate()  # whichever the signal was: at this one a training saves what it has
-
-    heard = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]
-    previous = {number: signal.signal(number, pass_on) for number in heard}
-    try:
-        process = subprocess.Popen(command)
-        if asked:  # before there was a process to pass it on to
-            process.terminate()
-        code = process.wait()
-    except KeyboardInterrupt:  # the command got it too: let it save what it has
-        if process is not None:
-            process.wait()
-        raise
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if asked:
-        raise KeyboardInterrupt
-    return code
 
 
 def _add_seconds(path: Path, seconds: float) -> float:

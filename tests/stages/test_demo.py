@@ -18,6 +18,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import fledge.commands
 import fledge.stages.demo
 from fledge.cli import main
 from fledge.data.conversations import read_conversations
@@ -62,7 +63,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 def until_pretraining(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
     """Let demos run until pretraining is to begin; returns what stages are asked for, by their verbs."""
     asked: dict[str, dict[str, Any]] = {}
-    run = fledge.stages.demo._run
+    run = fledge.stages.demo.run_verb
 
     def note(console: Console, verb: str, **settings: Any) -> None:
         asked[verb] = settings
@@ -70,7 +71,7 @@ def until_pretraining(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, An
             raise KeyboardInterrupt
         run(console, verb, **settings)
 
-    monkeypatch.setattr(fledge.stages.demo, "_run", note)
+    monkeypatch.setattr(fledge.stages.demo, "run_verb", note)
     return asked
 
 
@@ -90,7 +91,7 @@ def copied(demo: Path, out: Path, *without: str, align: str = "dpo") -> Path:
 def without_commands(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let the demo run no command; returns the verbs that it would have run."""
     ran: list[str] = []
-    monkeypatch.setattr(fledge.stages.demo, "_run", lambda console, verb, **settings: ran.append(verb))
+    monkeypatch.setattr(fledge.stages.demo, "run_verb", lambda console, verb, **settings: ran.append(verb))
     return ran
 
 
@@ -361,7 +362,7 @@ def test_a_signal_is_passed_on_and_the_command_waited_for(number: signal.Signals
     before = signal.getsignal(number)
     command = [sys.executable, "-c", CHILD, str(tmp_path / "saved"), str(int(number)), "60"]
     with pytest.raises(KeyboardInterrupt):
-        fledge.stages.demo._wait_for(command)
+        fledge.commands.wait_for(command)
     assert (tmp_path / "saved").exists()
     assert signal.getsignal(number) is before
 
@@ -370,7 +371,7 @@ def test_under_nohup_nothing_is_passed_on(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         command = [sys.executable, "-c", CHILD, str(tmp_path / "saved"), str(int(signal.SIGHUP)), "0.1"]
-        assert fledge.stages.demo._wait_for(command) == 0
+        assert fledge.commands.wait_for(command) == 0
     finally:
         signal.signal(signal.SIGHUP, before)
     assert not (tmp_path / "saved").exists()
