@@ -35,7 +35,7 @@ SLIPS, PADDED, HELD_OUT = 0.1, 0.5, 0.12
 ASKED_SHARES = {"sft": 0.5, "preference": 1.0, "invented": 0.6}
 # A policy learns from answers as it gives them, at temperature 1, not padded: of warm ones it learns to avoid
 # beginnings that wrong and right answers share, of padded ones to break off.
-OWN_SHARES = {"sft": 0.4, "preference": 1.0, "invented": 1.0}
+OWN_SHARES = {"sft": 0.4, "preference": 0.75, "invented": 1.0}
 # Best-of-n: questions of each set, and how many of the answers (at temperature 1) are chosen from.
 BEST_OF_SETS = ("eval_test", "eval_invented")
 BEST_OF_QUESTIONS, BEST_OF = 100, (1, 2, 4, 8, 16)
